@@ -1,0 +1,1 @@
+"""What each action means: synchronous policy that runs in the daemon's worker threads."""

@@ -1,0 +1,1 @@
+"""Bridges, veth pairs, addresses, NAT and names of containers."""

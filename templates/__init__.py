@@ -1,0 +1,1 @@
+"""Recipes of the templates that come with sysctr (data only)."""
