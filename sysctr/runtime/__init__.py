@@ -1,1 +1,1 @@
-"""What runs in the keeper, the supervisor and their children: standard library and sysctr.linux only, no policy."""
+"""What runs in keeper, supervisor and their children: standard library and sysctr.linux only, no policy."""

@@ -1,0 +1,87 @@
+"""Paths inside trees that somebody else writes: resolved by the kernel, never by string concatenation.
+
+Source: openat2(2).
+"""
+
+import ctypes
+import errno
+import os
+import struct
+
+from sysctr.linux import syscall
+from sysctr.linux.syscall import KernelError, check
+
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+# The kernel answers EAGAIN when a rename raced with the walk (openat2(2)); an attacker can force a few.
+_ATTEMPTS = 32
+
+
+def openat2(dir_fd: int, path: str, flags: int, resolve: int, mode: int = 0) -> int:
+    """Open `path` relative to `dir_fd` under the rules of `resolve`; the descriptor is close-on-exec."""
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    for _ in range(_ATTEMPTS):
+        result = syscall.call(
+            syscall.OPENAT2, dir_fd, ctypes.c_char_p(os.fsencode(path)), ctypes.c_char_p(how), len(how)
+        )
+        if result >= 0 or ctypes.get_errno() != errno.EAGAIN:
+            return check(result, "openat2", path)
+    raise KernelError(errno.EAGAIN, "openat2", path)
+
+
+def open_in_root(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
+    """Open `path` as a process whose root directory is `root_fd` would; symlinks stay inside."""
+    return openat2(root_fd, path, flags, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS, mode)
+
+
+def open_without_links(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
+    """Open `path` beneath `root_fd`; a symlink anywhere on the way is ELOOP."""
+    return openat2(root_fd, path.lstrip("/") or ".", flags, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS, mode)
+
+
+def make_directory(root_fd: int, path: str, mode: int = 0o755) -> int:
+    """Return an O_PATH descriptor of the directory `path` beneath `root_fd`, made with its parents if missing.
+
+    Raises KernelError ELOOP for a symlink on the way and ENOTDIR for a file.
+    """
+    current_fd = os.open(".", os.O_PATH | os.O_CLOEXEC, dir_fd=root_fd)
+    for name in [part for part in path.split("/") if part not in ("", ".")]:
+        try:
+            try:
+                next_fd = _open_directory(current_fd, name)
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                os.mkdir(name, mode, dir_fd=current_fd)
+                next_fd = _open_directory(current_fd, name)
+        finally:
+            os.close(current_fd)
+        current_fd = next_fd
+    return current_fd
+
+
+def _open_directory(dir_fd: int, name: str) -> int:
+    return open_without_links(dir_fd, name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+
+def make_file(root_fd: int, path: str, mode: int = 0o644) -> int:
+    """Return an O_PATH descriptor of the file `path` beneath `root_fd`, made empty if missing.
+
+    An existing object of any kind but a symlink or a directory is returned as it is: it serves as a mount target.
+    """
+    parent, _, name = path.rpartition("/")
+    parent_fd = make_directory(root_fd, parent)
+    try:
+        try:
+            return open_without_links(parent_fd, name, os.O_PATH)
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=parent_fd))
+        return open_without_links(parent_fd, name, os.O_PATH)
+    finally:
+        os.close(parent_fd)

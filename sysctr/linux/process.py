@@ -1,0 +1,192 @@
+"""Processes: namespaces, clone3, pidfds, credentials, and the one way external programs are run."""
+
+import ctypes
+import os
+import signal
+import struct
+import subprocess
+
+from sysctr.errors import SysctrError
+from sysctr.linux import syscall
+from sysctr.linux.syscall import bind, check
+
+CLONE_NEWTIME = 0x00000080
+CLONE_PIDFD = 0x00001000
+CLONE_PARENT = 0x00008000
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
+PR_SET_NAME = 15
+PR_SET_SECCOMP = 22
+PR_SET_CHILD_SUBREAPER = 36
+
+SECCOMP_MODE_FILTER = 2
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+
+_setns = bind("setns", ctypes.c_int, ctypes.c_int)
+_unshare = bind("unshare", ctypes.c_int)
+_prctl = bind("prctl", ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+
+
+def setns(fd: int, flags: int) -> None:
+    """Join the namespaces `flags` of the pidfd or namespace file `fd`."""
+    check(_setns(fd, flags), "setns")
+
+
+def unshare(flags: int) -> None:
+    """Move this process into new namespaces."""
+    check(_unshare(flags), "unshare")
+
+
+def prctl(option: int, argument: int = 0, second: int = 0) -> int:
+    """Call prctl with up to two integer arguments."""
+    return check(_prctl(option, argument, second, 0, 0), "prctl")
+
+
+def clone(flags: int) -> tuple[int, int]:
+    """Fork with clone3 and return (pid, pidfd); in the child (0, -1).
+
+    Only a single-threaded process may call this. The three PyOS calls are what os.fork itself does around
+    fork(); without the parent's and the first one Python 3.13 crashes in the child.
+    """
+    pidfd = ctypes.c_int(-1)
+    # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
+    # set_tid_size, cgroup. With CLONE_PARENT the exit signal is the caller's own and must be 0.
+    exit_signal = 0 if flags & CLONE_PARENT else signal.SIGCHLD
+    arguments = struct.pack(
+        "=11Q", flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, 0, 0, 0, 0, 0, 0
+    )
+    buffer = ctypes.create_string_buffer(arguments, len(arguments))
+    api = ctypes.pythonapi
+    api.PyOS_BeforeFork()
+    pid = _raw_syscall(
+        ctypes.c_long(syscall.CLONE3), ctypes.byref(buffer), ctypes.c_size_t(len(arguments))
+    )
+    if pid == 0:
+        api.PyOS_AfterFork_Child()
+        return 0, -1
+    errno = ctypes.get_errno()
+    api.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise syscall.KernelError(errno, "clone3")
+    return pid, pidfd.value
+
+
+# PyDLL keeps the interpreter lock during the call: another thread of the parent could not exist, but the
+# child must not find the lock given away at the moment of its birth.
+_raw_syscall = ctypes.PyDLL(None, use_errno=True)["syscall"]
+_raw_syscall.restype = ctypes.c_long
+
+
+def pidfd_open(pid: int) -> int:
+    """Return a pidfd of `pid`."""
+    return check(syscall.call(syscall.PIDFD_OPEN, pid, 0), "pidfd_open", str(pid))
+
+
+def pidfd_send_signal(pidfd: int, signal_number: int) -> None:
+    """Send a signal to exactly the process the pidfd stands for."""
+    check(syscall.call(syscall.PIDFD_SEND_SIGNAL, pidfd, signal_number, None, 0), "pidfd_send_signal")
+
+
+def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
+    """Close every descriptor from first to last."""
+    check(syscall.call(syscall.CLOSE_RANGE, first, last, 0), "close_range")
+
+
+def close_all_but(keep: list[int]) -> None:
+    """Close every descriptor above 2 that is not in `keep`."""
+    next_fd = 3
+    for fd in sorted(set(keep)):
+        if fd > next_fd:
+            close_range(next_fd, fd - 1)
+        next_fd = max(next_fd, fd + 1)
+    close_range(next_fd)
+
+
+def join_new_session_keyring() -> None:
+    """Leave the session keyring that was inherited, so that the host's keys are out of reach.
+
+    A kernel without keyrings, or a filter that refuses them, leaves nothing to inherit.
+    """
+    syscall.call(syscall.old_number("keyctl"), _KEYCTL_JOIN_SESSION_KEYRING, None)
+
+
+def load_seccomp(program: bytes) -> None:
+    """Install a compiled filter (an array of struct sock_filter) on this process for good."""
+    instructions = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog: unsigned short length, pointer.
+    header = struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))
+    buffer = ctypes.create_string_buffer(header, len(header))
+    check(_prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(buffer), 0, 0), "prctl(PR_SET_SECCOMP)")
+
+
+def start_time(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot (proc_pid_stat(5), field 22)."""
+    with open(f"/proc/{pid}/stat", "rb") as stat:
+        return int(stat.read().rpartition(b")")[2].split()[19])
+
+
+def boot_id() -> str:
+    """Return the id of the running boot of this machine."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+class ProgramFailed(SysctrError):
+    """An external program exited with a status other than 0; the message holds its own last words."""
+
+
+class Completed:
+    """What an external program left: its exit status and output."""
+
+    def __init__(self, returncode: int, stdout: bytes, stderr: bytes) -> None:
+        self.returncode = returncode
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+def run(
+    argv: list[str],
+    *,
+    input: bytes | None = None,  # noqa: A002 - the name subprocess uses
+    env: dict[str, str] | None = None,
+    timeout_s: float | None = 60,
+    stdout_fd: int | None = None,
+    pass_fds: tuple[int, ...] = (),
+    accept: tuple[int, ...] = (0,),
+) -> Completed:
+    """Run a program to its end, without a shell and with an environment made from nothing.
+
+    Raises ProgramFailed when it is missing, does not end within `timeout_s`, or ends with a status that is not
+    in `accept`.
+    """
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+    environment.update(env or {})
+    try:
+        done = subprocess.run(
+            argv,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            stdout=subprocess.PIPE if stdout_fd is None else stdout_fd,
+            stderr=subprocess.PIPE,
+            env=environment,
+            timeout=timeout_s,
+            pass_fds=pass_fds,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise ProgramFailed(f"cannot run {argv[0]}: it is not installed") from error
+    except subprocess.TimeoutExpired as error:
+        raise ProgramFailed(f"cannot run {argv[0]}: it did not end within {timeout_s:g} s") from error
+    if done.returncode not in accept:
+        words = done.stderr.decode(errors="replace").strip()[-2000:] or f"exit status {done.returncode}"
+        raise ProgramFailed(f"cannot run {argv[0]}: {words}")
+    return Completed(done.returncode, done.stdout or b"", done.stderr)
