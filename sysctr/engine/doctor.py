@@ -297,7 +297,7 @@ def before_install(where: Layout) -> list[Check]:
     ]
     pool = nearest_directory(where.pool)
     if all(check.state != "fail" for check in checks):
-        checks.extend(check_probe(_probe(pool), pool))
+        checks.extend(check_probe(probe(pool), pool))
     room = os.statvfs(pool)
     checks += [
         check_cgroups(_read("/proc/self/mounts"), _read),
@@ -342,8 +342,8 @@ def nearest_directory(path: str) -> str:
     return path
 
 
-def _probe(directory: str) -> dict[str, str]:
-    """Let a program try namespaces, mounts and links: this process may have threads and must not fork."""
+def probe(directory: str) -> dict[str, str]:
+    """Return what sysctr.runtime.probe found, run as a program: the daemon has threads and must not fork."""
     checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); "

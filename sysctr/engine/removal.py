@@ -1,0 +1,224 @@
+"""Takes an installation's traces off the host: its processes, links, table, cgroups and id ranges.
+
+packaging/uninstall runs it, and so do the tests after each host. It works on what it finds, whether or not
+the daemon still runs, and needs the standard library only. Containers' data is not touched.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+
+from sysctr.linux import process
+from sysctr.paths import Layout, layout
+
+_NFT_FAMILIES = ("inet", "ip", "ip6", "bridge", "arp", "netdev")
+
+
+def service_pids(where: Layout) -> dict[str, int]:
+    """Return the processes of an installation that run: "daemon", "supervisor", "keeper"."""
+    found = {}
+    for name, path in (("daemon", where.api_socket), ("supervisor", where.plan_socket)):
+        pid = _listener(path)
+        if pid:
+            found[name] = pid
+    keeper = _parent(found["supervisor"]) if "supervisor" in found else 0
+    keeper = keeper if keeper > 1 else _lock_holder(where.keeper_lock)
+    if keeper > 1:
+        found["keeper"] = keeper
+    return found
+
+
+def container_pids(where: Layout) -> list[int]:
+    """Return every process inside a cgroup of the installation."""
+    pids = set()
+    for directory in cgroup_directories(where):
+        for path, _directories, files in os.walk(directory):
+            # In a v1 hierarchy the same process appears once for each controller.
+            if "cgroup.procs" in files:
+                with contextlib.suppress(OSError), open(f"{path}/cgroup.procs", encoding="ascii") as file:
+                    pids.update(map(int, file.read().split()))
+    return sorted(pids - {0, os.getpid()} - set(service_pids(where).values()))
+
+
+def cgroup_directories(where: Layout) -> list[str]:
+    """Return the installation's own directory of each cgroup hierarchy, and of its services' cgroups."""
+    found = []
+    with open("/proc/self/mounts", encoding="utf-8") as mounts:
+        points = {line.split()[1] for line in mounts if line.split()[2] in ("cgroup", "cgroup2")}
+    for point in sorted(points):
+        for place in ("", "system.slice/sysctr-supervisor.service/", "system.slice/sysctrd.service/"):
+            if place and where.tag:
+                continue
+            path = f"{point}/{place}{where.cgroup}"
+            if os.path.isdir(path):
+                found.append(path)
+    return found
+
+
+def stop_processes(where: Layout, deadline_s: float = 20) -> list[int]:
+    """End the daemon, the keeper, the supervisor and what runs in containers; return what would not end."""
+    services = service_pids(where)
+    inside = container_pids(where)
+    # The keeper before the supervisor, else it starts another one.
+    for name in ("daemon", "keeper", "supervisor"):
+        if name in services:
+            _end(services[name], signal.SIGTERM, deadline_s / 2)
+    stubborn = [pid for pid in services.values() if not _end(pid, signal.SIGKILL, deadline_s / 2)]
+    for pid in sorted(set(inside + container_pids(where))):
+        if not _end(pid, signal.SIGKILL, deadline_s / 2):
+            stubborn.append(pid)
+    _end_dnsmasq(where)
+    return stubborn
+
+
+def remove_network(where: Layout) -> list[str]:
+    """Delete the bridge, the host ends of veth pairs and the nft table; return what was deleted."""
+    removed = []
+    for name in sorted(os.listdir("/sys/class/net")):
+        prefix = f"v{where.tag}" if where.tag else "veth"
+        numbers = name.removeprefix(prefix).split("i")
+        ours = name.startswith(prefix) and len(numbers) == 2 and all(part.isdigit() for part in numbers)
+        # A veth of the main installation has the name Proxmox uses too: ours are those on our bridge.
+        if ours and not where.tag:
+            master = f"/sys/class/net/{name}/master"
+            ours = os.path.basename(os.path.realpath(master)) == where.bridge
+        if name == where.bridge or ours:
+            with contextlib.suppress(process.ProgramFailed):
+                process.run(["ip", "link", "delete", name])
+                removed.append(f"link {name}")
+    for family in _NFT_FAMILIES:
+        with contextlib.suppress(process.ProgramFailed):
+            process.run(["nft", "delete", "table", family, where.nft_table])
+            removed.append(f"nft table {family} {where.nft_table}")
+    return removed
+
+
+def remove_cgroups(where: Layout) -> list[str]:
+    """Remove the installation's cgroups, children first; return those that were removed."""
+    removed = []
+    for directory in cgroup_directories(where):
+        for path, _directories, _files in os.walk(directory, topdown=False):
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(path)
+        removed.append(f"cgroup {directory}")
+    return removed
+
+
+def remove_id_ranges(where: Layout) -> list[str]:
+    """Take the installation's lines out of /etc/subuid and /etc/subgid."""
+    removed = []
+    for path in ("/etc/subuid", "/etc/subgid"):
+        with contextlib.suppress(FileNotFoundError), _locked(path):
+            with open(path, encoding="utf-8") as file:
+                lines = file.readlines()
+            kept = [line for line in lines if not line.startswith(f"{where.subid_owner}:")]
+            if kept != lines:
+                _replace(path, "".join(kept))
+                removed.append(f"{len(lines) - len(kept)} lines of {path}")
+    return removed
+
+
+def main() -> int:
+    """Remove all traces and say which; `packaging/uninstall` calls it after its own questions."""
+    where = layout()
+    for pid in stop_processes(where):
+        print(f"process {pid} would not end", file=sys.stderr)
+    for line in remove_network(where) + remove_cgroups(where) + remove_id_ranges(where):
+        print(f"  removed {line}")
+    return 0
+
+
+def _listener(path: str) -> int:
+    """Return the process that listens on a unix socket, 0 if none does."""
+    for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        with socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC) as channel:
+            try:
+                channel.settimeout(2)
+                channel.connect(path)
+            except OSError:
+                continue
+            credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            return struct.unpack("=iII", credentials)[0]
+    return 0
+
+
+def _lock_holder(path: str) -> int:
+    """Return the process that took the flock on a file, 0 if none holds it (proc_locks(5))."""
+    try:
+        inode = os.stat(path).st_ino
+    except OSError:
+        return 0
+    with open("/proc/locks", encoding="ascii") as locks:
+        for line in locks:
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+                return int(fields[4])
+    return 0
+
+
+def _parent(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return int(stat.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _end(pid: int, signal_number: int, deadline_s: float) -> bool:
+    """Send a signal and wait for the end; True if the process is gone."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        signal.pidfd_send_signal(pidfd, signal_number)
+        return bool(select.select([pidfd], [], [], deadline_s)[0])
+    except ProcessLookupError:
+        return True
+    finally:
+        os.close(pidfd)
+
+
+def _end_dnsmasq(where: Layout) -> None:
+    """End the dnsmasq of this installation, known by its command line naming our directories."""
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{entry}/cmdline", "rb") as file:
+                argv = os.fsdecode(file.read()).split("\0")
+            names = (where.bridge, f"{where.run}/", f"{where.network}/")
+            if os.path.basename(argv[0]) == "dnsmasq" and any(
+                name == argument.rpartition("=")[2] or (name.endswith("/") and name in argument)
+                for argument in argv
+                for name in names
+            ):
+                _end(int(entry), signal.SIGTERM, 5)
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    # The flock that the allocator of sysctr takes; the lock files of shadow(3) are a protocol of their own.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _replace(path: str, text: str) -> None:
+    mode = os.stat(path).st_mode & 0o7777
+    temporary = f"{path}.sysctr-new"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with open(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

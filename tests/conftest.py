@@ -1,0 +1,128 @@
+"""What all tests share: options, the facts of this machine, hosts to try things on, and the final sweep."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests import facts, leaks, node
+from tests.node import Node, TemplateStore
+from tests.wait import wait_until
+
+# A marker that implies facts, so that `@pytest.mark.root` alone skips where there is no root.
+_IMPLIED = {"root": ("root",), "kernel": ("root",), "vm": ("vm",), "net": ("net",)}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--keep", action="store_true", help="keep the directories of the hosts that tests made")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*facts): facts of this machine, see tests/facts.py")
+    leaks.start_session()
+    config.stash[_BEFORE] = leaks.picture()
+
+
+def pytest_report_header() -> list[str]:
+    return facts.header()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    wanted = {fact: None for mark in item.iter_markers("needs") for fact in mark.args}
+    for name, implied in _IMPLIED.items():
+        if item.get_closest_marker(name):
+            wanted.update(dict.fromkeys(implied))
+    for fact in wanted:
+        reason = facts.missing(fact)
+        if reason and fact in facts.required():
+            pytest.fail(f"needs {fact}: {reason} (SYSCTR_REQUIRE forbids to skip)", pytrace=False)
+        if reason:
+            pytest.skip(f"needs {fact}: {reason}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the session if it left a trace; the kernel deletes links and cgroups a moment later than asked."""
+    base = getattr(session.config, "_tmp_path_factory", None)
+    if base is not None:
+        leaks.register_directory(str(base.getbasetemp()))
+    before = session.config.stash[_BEFORE]
+    alone = bool(facts.required())
+    left: list[str] = []
+
+    def clean() -> bool:
+        left[:] = leaks.left_behind(before, leaks.picture(), alone=alone)
+        return not left
+
+    try:
+        wait_until(clean, 5)
+    except AssertionError:
+        _report(session, left)
+
+
+def _report(session: pytest.Session, left: list[str]) -> None:
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        text = "this session left behind:\n" + "\n".join(f"  {line}" for line in left)
+        # As an error, so that the line pytest ends with counts it.
+        report = pytest.CollectReport("leak sweep", "failed", text, None)
+        reporter.stats.setdefault("error", []).append(report)
+
+
+_BEFORE: pytest.StashKey[frozenset[str]] = pytest.StashKey()
+
+
+@pytest.fixture(scope="session")
+def templates(pytestconfig: pytest.Config) -> Iterator[TemplateStore]:
+    """The templates of this session: each is built when a test first asks for it."""
+    with Node(keep=pytestconfig.getoption("keep")) as builder:
+        yield TemplateStore(builder)
+
+
+@pytest.fixture
+def make_node(pytestconfig: pytest.Config, templates: TemplateStore) -> Iterator[Callable[..., Node]]:
+    """A function that makes hosts: make_node("tiny", "debian-12", own_network=True)."""
+    made: list[Node] = []
+
+    def make(*names: str, own_network: bool = False) -> Node:
+        host = Node(own_network=own_network, keep=pytestconfig.getoption("keep"))
+        made.append(host)
+        templates.give(host, *names)
+        return host
+
+    yield make
+    _close(made)
+
+
+@pytest.fixture
+def host(make_node: Callable[..., Node]) -> Node:
+    """A fresh host with the tiny template."""
+    return make_node("tiny")
+
+
+@pytest.fixture(scope="module")
+def shared_host(pytestconfig: pytest.Config, templates: TemplateStore) -> Iterator[Node]:
+    """A host that the tests of one module share, with the tiny template; names and ids must be fresh."""
+    with Node(keep=pytestconfig.getoption("keep")) as one:
+        templates.give(one, "tiny")
+        yield one
+
+
+@pytest.fixture
+def two_nodes(pytestconfig: pytest.Config, templates: TemplateStore) -> Iterator[tuple[Node, Node]]:
+    """Two hosts with their own networks, joined by a cable: 192.0.2.1 and 192.0.2.2; both have tiny."""
+    with node.two_nodes(keep=pytestconfig.getoption("keep")) as (left, right):
+        templates.give(left, "tiny")
+        templates.give(right, "tiny")
+        yield left, right
+
+
+def _close(nodes: list[Node]) -> None:
+    """Close every one, whatever the first does, and then say what went wrong."""
+    problems = []
+    for one in nodes:
+        try:
+            one.close()
+        except (AssertionError, OSError) as error:
+            problems.append(str(error))
+    assert not problems, "\n".join(problems)

@@ -1,0 +1,106 @@
+"""What this machine lets the tests try; a fact that does not hold has a reason, which the skip shows."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import socket
+from collections.abc import Callable
+
+from sysctr.engine import doctor
+
+_MIRROR = ("deb.debian.org", 80)
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def _program(name: str, package: str) -> Callable[[], str]:
+    return lambda: "" if shutil.which(name, path=_PATH) else f"no {name} (package {package})"
+
+
+def _module(name: str) -> Callable[[], str]:
+    return lambda: "" if importlib.util.find_spec(name) else f"no Python package {name}"
+
+
+def _root() -> str:
+    return "" if os.geteuid() == 0 else f"uid is {os.geteuid()}, not 0"
+
+
+@functools.cache
+def _probed() -> dict[str, str]:
+    if _root():
+        return {}
+    return doctor.probe(doctor.nearest_directory("/tmp"))
+
+
+def _probe(fact: str) -> Callable[[], str]:
+    return lambda: _root() or _probed().get(fact, "not tried")
+
+
+def _lxcfs() -> str:
+    with open("/proc/self/mounts", encoding="utf-8") as mounts:
+        return "" if " fuse.lxcfs " in mounts.read() else "lxcfs is not mounted"
+
+
+def _net() -> str:
+    try:
+        socket.create_connection(_MIRROR, 10).close()
+    except OSError as error:
+        return f"{_MIRROR[0]} cannot be reached: {error}"
+    return ""
+
+
+def _vm() -> str:
+    return _root() or _program("qemu-system-x86_64", "qemu-system-x86")()
+
+
+FACTS: dict[str, Callable[[], str]] = {
+    "root": _root,
+    "userns": _probe("userns"),
+    "idmap": _probe("idmap"),
+    "overlay": _probe("overlay"),
+    "veth": _probe("veth"),
+    "nft": _program("nft", "nftables"),
+    "dnsmasq": _program("dnsmasq", "dnsmasq-base"),
+    "ip": _program("ip", "iproute2"),
+    "busybox": _program("busybox", "busybox-static"),
+    "mmdebstrap": _program("mmdebstrap", "mmdebstrap"),
+    "lxcfs": _lxcfs,
+    "net": _net,
+    "vm": _vm,
+    "lxc": _program("lxc-start", "lxc"),
+    "ssh": _program("ssh", "openssh-client"),
+    "tmux": _program("tmux", "tmux"),
+    "textual": _module("textual"),
+    "ruff": _module("ruff"),
+    "shellcheck": _program("shellcheck", "shellcheck"),
+}
+
+
+@functools.cache
+def missing(fact: str) -> str:
+    """Return why `fact` does not hold here, "" if it does.
+
+    >>> missing("no such fact")
+    Traceback (most recent call last):
+    KeyError: 'no such fact'
+    """
+    return FACTS[fact]()
+
+
+def required() -> frozenset[str]:
+    """Return the facts whose absence is a failure: the words of SYSCTR_REQUIRE, `all` for every one."""
+    words = os.environ.get("SYSCTR_REQUIRE", "").split()
+    unknown = set(words) - FACTS.keys() - {"all"}
+    if unknown:
+        raise ValueError(f"SYSCTR_REQUIRE names {', '.join(sorted(unknown))}, known are {', '.join(FACTS)}")
+    return frozenset(FACTS) if "all" in words else frozenset(words)
+
+
+def header() -> list[str]:
+    """Return the lines that say what can be tried here and what not."""
+    reasons = {fact: missing(fact) for fact in FACTS}
+    lines = ["enabled: " + " ".join(fact for fact, reason in reasons.items() if not reason)]
+    disabled = [f"{fact} ({reason})" for fact, reason in reasons.items() if reason]
+    if disabled:
+        lines.append("disabled: " + ", ".join(disabled))
+    return lines
