@@ -1,6 +1,7 @@
 """Mounts by file descriptor: the new mount interface, and the few old calls it cannot replace.
 
-Nothing here takes a path inside a foreign tree; such a path is resolved first (see `path`) and passed as a descriptor.
+Nothing here takes a path inside a foreign tree; such a path is resolved first (see `path`) and passed as
+a descriptor.
 Sources: fsopen(2), fsconfig(2), fsmount(2), open_tree(2), move_mount(2), mount_setattr(2), mount(2).
 """
 
@@ -118,7 +119,7 @@ def _checked_by_context(context_fd: int, result: int, name: str, what: str) -> N
 
 
 def open_tree(path: str, flags: int = OPEN_TREE_CLONE, *, dir_fd: int = AT_FDCWD) -> int:
-    """Return a descriptor of `path`, by default of a detached bind mount of it; an empty path means dir_fd."""
+    """Return a descriptor of `path`, by default of a detached bind mount; an empty path means dir_fd."""
     if not path:
         flags |= AT_EMPTY_PATH
     return check(

@@ -44,7 +44,7 @@ def open_without_links(root_fd: int, path: str, flags: int, mode: int = 0) -> in
 
 
 def make_directory(root_fd: int, path: str, mode: int = 0o755) -> int:
-    """Return an O_PATH descriptor of the directory `path` beneath `root_fd`, made with its parents if missing.
+    """Return an O_PATH descriptor of the directory `path` beneath `root_fd`; what is missing is made.
 
     Raises KernelError ELOOP for a symlink on the way and ENOTDIR for a file.
     """
@@ -71,7 +71,7 @@ def _open_directory(dir_fd: int, name: str) -> int:
 def make_file(root_fd: int, path: str, mode: int = 0o644) -> int:
     """Return an O_PATH descriptor of the file `path` beneath `root_fd`, made empty if missing.
 
-    An existing object of any kind but a symlink or a directory is returned as it is: it serves as a mount target.
+    An existing object of any kind but a symlink is returned as it is: it serves as a mount target.
     """
     parent, _, name = path.rpartition("/")
     parent_fd = make_directory(root_fd, parent)

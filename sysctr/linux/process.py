@@ -1,10 +1,8 @@
 """Processes: namespaces, clone3, pidfds, credentials, and the one way external programs are run."""
 
 import ctypes
-import os
 import signal
 import struct
-import subprocess
 
 from sysctr.errors import SysctrError
 from sysctr.linux import syscall
@@ -24,7 +22,6 @@ CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
-PR_SET_NAME = 15
 PR_SET_SECCOMP = 22
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -111,6 +108,12 @@ def close_all_but(keep: list[int]) -> None:
     close_range(next_fd)
 
 
+def set_name(name: str) -> None:
+    """Set the name that ps shows for this process (at most 15 bytes; proc_pid_comm(5))."""
+    with open("/proc/self/comm", "w", encoding="ascii") as comm:
+        comm.write(name)
+
+
 def join_new_session_keyring() -> None:
     """Leave the session keyring that was inherited, so that the host's keys are out of reach.
 
@@ -125,7 +128,8 @@ def load_seccomp(program: bytes) -> None:
     # struct sock_fprog: unsigned short length, pointer.
     header = struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))
     buffer = ctypes.create_string_buffer(header, len(header))
-    check(_prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(buffer), 0, 0), "prctl(PR_SET_SECCOMP)")
+    result = _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(buffer), 0, 0)
+    check(result, "prctl(PR_SET_SECCOMP)")
 
 
 def start_time(pid: int) -> int:
@@ -165,9 +169,11 @@ def run(
 ) -> Completed:
     """Run a program to its end, without a shell and with an environment made from nothing.
 
-    Raises ProgramFailed when it is missing, does not end within `timeout_s`, or ends with a status that is not
-    in `accept`.
+    Raises ProgramFailed when it is missing, does not end within `timeout_s`, or ends with a status that
+    is not in `accept`.
     """
+    import subprocess  # the supervisor imports this module and runs no programs: 10 ms and 1 MB saved
+
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
     environment.update(env or {})
     try:

@@ -1,0 +1,249 @@
+"""Plans: a container's configuration and facts about the host turned into steps; nothing is touched."""
+
+import uuid
+from dataclasses import dataclass, field
+
+from sysctr.linux import mount
+from sysctr.runtime import steps
+from sysctr.runtime.child import DEFAULT_PATH
+from sysctr.storage.base import RootSpec
+
+CONTAINER_TYPE = "lxc"  # images of images.linuxcontainers.org look for exactly this
+NOTIFY_SOCKET = "/run/host/notify"
+CREDENTIALS = "/run/host/credentials"
+# Over it lies what would hide proc and sysfs: the kernel lets a nested namespace mount fresh ones only while
+# a fully visible pair exists.
+HIDDEN = "/dev/.sysctr"
+
+_NO_EXEC = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
+_NO_DEV = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_DEVICE_LINKS = {
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+    "ptmx": "pts/ptmx",
+}
+
+
+@dataclass(frozen=True)
+class Idmap:
+    """`count` ids of a container from 0 up are the host's from `first` up, users and groups alike."""
+
+    first: int
+    count: int
+
+    def as_map(self) -> "list[list[int]]":
+        """Return the map as rows of uid_map: inside, outside, count."""
+        return [[0, self.first, self.count]]
+
+
+@dataclass(frozen=True)
+class GuestFile:
+    """A file the host keeps current in the guest, written before every start where its text differs."""
+
+    path: str
+    text: str
+    mode: int = 0o644
+
+
+@dataclass(frozen=True)
+class ContainerFacts:
+    """All that a container's plan is made of."""
+
+    name: str
+    uuid: str
+    idmap: Idmap
+    root: RootSpec
+    stage: str
+    init: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    seccomp: bytes = b""
+    host_os_release: str = ""
+    # (path on the host, target inside): lxcfs files over /proc.
+    overmounts: tuple[tuple[str, str], ...] = ()
+    guest_files: tuple[GuestFile, ...] = ()
+    shm_size: str = "50%"
+
+
+def container_plan(facts: ContainerFacts) -> dict:
+    """Return the plan that starts a container."""
+    prepare = [
+        *root_steps(facts.root),
+        *_device_steps(facts),
+        *_kernel_steps(facts),
+        *_run_steps(facts),
+        *[steps.GuestFile(f.path, f.text, f.mode) for f in facts.guest_files],
+        steps.Hostname(facts.name),
+        steps.Keyring(),
+    ]
+    overmounts = [{"tree": f"over:{target}", "path": source, "optional": True}
+                  for source, target in facts.overmounts]  # fmt: skip
+    return {
+        "uid_map": facts.idmap.as_map(),
+        "gid_map": facts.idmap.as_map(),
+        "stage": facts.stage,
+        "network": True,
+        "trees": root_trees(facts.root),
+        "sources": [*device_sources(), *overmounts],
+        "prepare": [steps.to_json(step) for step in prepare],
+        "enter": [steps.to_json(step) for step in (steps.CgroupView(), steps.PivotRoot())],
+        "program": {
+            "argv": list(facts.init),
+            "environment": init_environment(facts),
+            "cwd": "/",
+            "seccomp": facts.seccomp.hex(),
+            "clean": True,
+        },
+    }
+
+
+def root_trees(root: RootSpec) -> "list[dict]":
+    """Return the idmapped trees an overlay root stands on."""
+    return [
+        # The kernel never writes to a lower; read-only says so twice.
+        {"tree": "layers", "path": root.layers_directory, "attributes": mount.MOUNT_ATTR_RDONLY},
+        {"tree": "volume", "path": root.volume_directory},
+    ]
+
+
+def root_steps(root: RootSpec) -> list:
+    """Return the steps from nothing to a mounted root."""
+    return [
+        steps.Stage(),
+        steps.Attach("layers", "layers"),
+        steps.Attach("volume", "volume"),
+        steps.OverlayRoot(
+            [f"layers/{lower}" for lower in root.lowers], f"volume/{root.upper}", f"volume/{root.work}"
+        ),
+    ]
+
+
+def device_sources() -> "list[dict]":
+    """Return the host's device nodes that every container gets."""
+    return [{"tree": f"dev:{name}", "path": f"/dev/{name}"} for name in _DEVICES]
+
+
+def _device_nodes() -> list:
+    tmpfs = {"mode": "0755", "size": "512k"}
+    return [
+        steps.Filesystem("tmpfs", "/dev", tmpfs, mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NOEXEC),
+        *[steps.Bind(f"dev:{name}", f"/dev/{name}") for name in _DEVICES],
+        *[steps.Symlink(f"/dev/{name}", target) for name, target in _DEVICE_LINKS.items()],
+    ]
+
+
+def _device_steps(facts: ContainerFacts) -> list:
+    return [
+        *_device_nodes(),
+        steps.Console(),
+        steps.Filesystem("tmpfs", "/dev/shm", {"mode": "1777", "size": facts.shm_size}, _NO_DEV),
+        steps.Filesystem("mqueue", "/dev/mqueue", {}, _NO_EXEC, optional=True),
+        steps.Directory(HIDDEN, 0o700),
+        steps.Filesystem("proc", f"{HIDDEN}/proc", {}, _NO_EXEC),
+        steps.Filesystem("sysfs", f"{HIDDEN}/sys", {}, _NO_EXEC),
+    ]
+
+
+def _kernel_steps(facts: ContainerFacts) -> list:
+    boot_id = f"{HIDDEN}/boot_id"
+    return [
+        steps.Filesystem("proc", "/proc", {}, _NO_EXEC),
+        # Read-only /sys is systemd-udevd's sign not to run; the network part stays writable, as in LXC.
+        steps.Filesystem("sysfs", "/sys", {}, _NO_EXEC | mount.MOUNT_ATTR_RDONLY),
+        steps.Rebind(f"{HIDDEN}/sys/devices/virtual/net", "/sys/devices/virtual/net", optional=True),
+        # Without a boot id of their own the journals of all containers seem to be of one boot.
+        steps.File(boot_id, f"{uuid.uuid4()}\n", 0o444),
+        steps.Rebind(boot_id, "/proc/sys/kernel/random/boot_id", _NO_EXEC | mount.MOUNT_ATTR_RDONLY),
+        *[steps.Bind(f"over:{target}", target, optional=True) for _, target in facts.overmounts],
+    ]
+
+
+def _run_steps(facts: ContainerFacts) -> list:
+    """The systemd container interface below /run/host (systemd.io/CONTAINER_INTERFACE)."""
+    return [
+        steps.Filesystem("tmpfs", "/run", {"mode": "0755", "size": "20%"}, _NO_DEV),
+        steps.File("/run/host/container-manager", f"{CONTAINER_TYPE}\n", 0o444),
+        steps.File("/run/host/container-uuid", f"{facts.uuid}\n", 0o444),
+        steps.File("/run/host/os-release", facts.host_os_release, 0o444),
+        steps.Directory("/run/host/incoming", 0o600),
+        steps.InaccessibleNodes("/run/host/inaccessible"),
+        steps.NotifySocket(NOTIFY_SOCKET),
+        steps.Filesystem(
+            "tmpfs", CREDENTIALS, {"mode": "0500", "size": "1m"}, _NO_EXEC | mount.MOUNT_ATTR_RDONLY
+        ),
+    ]
+
+
+def init_environment(facts: ContainerFacts) -> "dict[str, str]":
+    """Return the whole environment of init: nothing of the host's own leaks in."""
+    environment = {
+        "PATH": DEFAULT_PATH,
+        "TERM": "linux",
+        "container": CONTAINER_TYPE,
+        "container_uuid": facts.uuid,
+        "NOTIFY_SOCKET": NOTIFY_SOCKET,
+        "CREDENTIALS_DIRECTORY": CREDENTIALS,
+    }
+    fields = {"ID": "id", "BUILD_ID": "build_id", "VARIANT_ID": "variant_id", "VERSION_ID": "version_id"}
+    for line in facts.host_os_release.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and key in fields:
+            environment[f"container_host_{fields[key]}"] = value.strip().strip("\"'")
+    return {**environment, **facts.environment}
+
+
+def volume_job_plan(root: RootSpec, idmap: Idmap, stage: str, program: dict) -> dict:
+    """Return the plan of a job whose root is a stopped container's own, for work on its files.
+
+    The program is a builtin: nothing of the container is executed.
+    """
+    return {
+        "uid_map": idmap.as_map(), "gid_map": idmap.as_map(), "stage": stage, "network": True,
+        "trees": root_trees(root), "sources": [],
+        "prepare": [steps.to_json(step) for step in (*root_steps(root), steps.PivotRoot(shared=False))],
+        "program": program,
+    }  # fmt: skip
+
+
+def tool_job_plan(
+    *,
+    idmap: Idmap,
+    stage: str,
+    volume: str,
+    program: dict,
+    binds: "tuple[tuple[str, str], ...]" = (),
+    network: bool = False,
+    tmp_size: str = "256m",
+) -> dict:
+    """Return the plan of a job that runs the host's tools on a directory, seen at /volume.
+
+    Its root is a tmpfs with the host's /usr read-only: host tools, never a rootfs's own libraries. `binds`
+    are further host paths (read-only) and their targets. With `network` it shares the host's network.
+    """
+    sources = [{"tree": "usr", "path": "/usr"}, *device_sources()]
+    sources += [{"tree": f"bind:{target}", "path": path, "optional": True} for path, target in binds]
+    read_only = mount.MOUNT_ATTR_RDONLY | _NO_DEV
+    prepare = [
+        steps.Stage(),
+        steps.TmpfsRoot(),
+        steps.Bind("usr", "/usr", directory=True, attributes=read_only),
+        *[steps.Symlink(f"/{name}", f"usr/{name}") for name in ("bin", "sbin", "lib", "lib32", "lib64")],
+        *_device_nodes(),
+        steps.Filesystem("proc", "/proc", {}, _NO_EXEC),
+        steps.Filesystem("tmpfs", "/tmp", {"mode": "1777", "size": tmp_size}, _NO_DEV),
+        *[steps.Directory(path) for path in ("/etc", "/var/tmp", "/root", "/run")],
+        *[
+            steps.HostBind(f"bind:{target}", target, attributes=read_only)
+            for _, target in binds
+        ],
+        steps.Bind("volume", "/volume", directory=True),
+        steps.PivotRoot(shared=False),
+    ]  # fmt: skip
+    return {
+        "uid_map": idmap.as_map(), "gid_map": idmap.as_map(), "stage": stage, "network": not network,
+        "trees": [{"tree": "volume", "path": volume}], "sources": sources,
+        "prepare": [steps.to_json(step) for step in prepare],
+        "program": program,
+    }  # fmt: skip

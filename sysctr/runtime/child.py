@@ -1,0 +1,287 @@
+"""What a child of the supervisor does between its birth and its program.
+
+Everything is imported before a namespace is entered: inside, the host's Python tree is out of sight. A
+failure is sent to the supervisor as the number and the description of the step; success is the end of the
+file, because the socket is close-on-exec.
+"""
+
+import errno
+import os
+import signal
+import socket
+
+from sysctr.linux import mount, process, tty
+from sysctr.linux.path import open_in_root
+from sysctr.runtime import steps, wire
+
+JOIN_NAMESPACES = (
+    process.CLONE_NEWNS
+    | process.CLONE_NEWPID
+    | process.CLONE_NEWIPC
+    | process.CLONE_NEWUTS
+    | process.CLONE_NEWNET
+    | process.CLONE_NEWCGROUP
+)
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PASSWD_LIMIT_BYTES = 4 << 20
+
+
+class StepFailed(Exception):
+    """A step of a plan failed; carries its number, the number of steps, its description and the reason."""
+
+
+def run_plan(sync: socket.socket, plan: dict) -> None:
+    """Carry out a plan in a freshly cloned child and execute its program; never returns."""
+    try:
+        _reset_signals()
+        process.close_all_but([sync.fileno(), *plan.get("stdio", ())])
+        message, fds = wire.receive(sync)
+        trees = dict(zip(message["trees"], fds, strict=True))
+        trees |= _open_sources(plan.get("sources", ()))
+        # A path of the host: after this process became the container's root it could not walk there.
+        context = steps.Context(trees, os.open(plan["stage"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        if plan.get("network"):
+            _enter_network(sync)
+        _become_root()
+        every = [steps.from_json(step) for step in (*plan["prepare"], *plan.get("enter", ()))]
+        prepare = len(plan["prepare"])
+        _execute(every, range(prepare), context)
+        wire.send(sync, {"prepared": list(context.handed)}, list(context.handed.values()))
+        for fd in context.handed.values():
+            os.close(fd)
+        wire.receive_plain(sync)  # the supervisor says when cgroups and network are in place
+        _execute(every, range(prepare, len(every)), context)
+        if "stdio" in plan:
+            _set_stdio(plan["stdio"])
+        else:
+            _set_stdio([context.console_fd] * 3)
+        _start_program(sync, plan["program"])
+    except BaseException as error:
+        _report(sync, error)
+    os._exit(125)
+
+
+def join_container(sync: socket.socket, pidfd: int, request: dict, stdio: "list[int]") -> None:
+    """Enter a running container and execute a program there; never returns.
+
+    The caller's descriptors are gone before the first namespace is joined, and this process is not dumpable
+    until its exec, so the container's root can neither ptrace it nor read its memory.
+    """
+    try:
+        _reset_signals()
+        process.close_all_but([sync.fileno(), pidfd, *stdio])
+        process.prctl(process.PR_SET_DUMPABLE, 0)
+        for directory in request.get("cgroups", ()):
+            with open(f"{directory}/cgroup.procs", "w", encoding="ascii") as procs:
+                procs.write("0")
+        program = request["program"]
+        builtin = _load_builtin(program) if "builtin" in program else None
+        process.setns(pidfd, process.CLONE_NEWUSER)
+        _become_root()
+        process.prctl(process.PR_SET_DUMPABLE, 0)
+        if builtin:
+            process.setns(pidfd, process.CLONE_NEWNS)
+            _set_stdio(stdio)
+            wire.send(sync, {"started": os.getpid()})
+            builtin(sync, program)
+            os._exit(0)
+        process.setns(pidfd, JOIN_NAMESPACES)
+        os.close(pidfd)
+        if request.get("tty"):
+            stdio = [_open_terminal(sync, request["tty"])] * 3
+        # Only a child is inside the pid namespace; as the supervisor's own child its end is waited for there.
+        pid, child_fd = process.clone(process.CLONE_PARENT)
+        if pid:
+            wire.send(sync, {"started": pid}, [child_fd])
+            os._exit(0)
+        os.setsid()
+        process.join_new_session_keyring()
+        _set_stdio(stdio)
+        if request.get("tty"):
+            tty.make_controlling(0)
+        _start_program(sync, program)
+    except BaseException as error:
+        _report(sync, error)
+    os._exit(125)
+
+
+def _reset_signals() -> None:
+    # Python ignores SIGPIPE and SIGXFSZ, and an ignored signal stays ignored over exec.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _become_root() -> None:
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+
+
+def _open_sources(sources: "list[dict]") -> "dict[str, int]":
+    """Open host paths while the file system still sees the host's uid.
+
+    The copies come from this mount namespace, whose owner is the new user namespace: the flags of the host's
+    mounts are locked on them, so no remount inside can make them wider.
+    """
+    opened = {}
+    for source in sources:
+        try:
+            opened[source["tree"]] = mount.open_tree(source["path"])
+        except OSError:
+            if not source.get("optional"):
+                raise
+    return opened
+
+
+def _enter_network(sync: socket.socket) -> None:
+    # After the user namespace, so that the container owns its network (and may mount its own sysfs).
+    process.unshare(process.CLONE_NEWNET)
+    # The daemon configures addresses through this socket from outside, without a process entering.
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
+        wire.send(sync, {"network": True}, [netlink.fileno()])
+
+
+def _execute(every: list, numbers: range, context: steps.Context) -> None:
+    for number in numbers:
+        step = every[number]
+        try:
+            step.execute(context)
+        except (OSError, ValueError) as error:
+            raise StepFailed(number + 1, len(every), step.describe(), str(error), _errno(error)) from error
+
+
+def _set_stdio(fds: "list[int]") -> None:
+    for target, fd in enumerate(fds):
+        os.dup2(fd, target, inheritable=True)
+
+
+def _open_terminal(sync: socket.socket, size: dict) -> int:
+    master_fd, slave_fd, number = tty.open_pty()
+    tty.set_window_size(master_fd, size.get("rows", 24), size.get("cols", 80))
+    os.fchmod(slave_fd, 0o620)
+    wire.send(sync, {"terminal": number}, [master_fd])
+    os.close(master_fd)
+    return slave_fd
+
+
+def _start_program(sync: socket.socket, program: dict) -> None:
+    if "builtin" in program:
+        builtin = _load_builtin(program)
+        wire.send(sync, {"running": True})
+        builtin(sync, program)
+        os._exit(0)
+    if program.get("clean"):
+        # Init: its environment is all in the plan, and no file of the guest has a say in how it starts.
+        user = {"uid": 0, "gid": 0, "groups": [], "home": "/", "shell": "/bin/sh", "environment": {}}
+    else:
+        user = _find_user(program.get("user", "root"))
+    environment = {"PATH": DEFAULT_PATH, **user["environment"], **program.get("environment", {})}
+    argv = program["argv"] or [user["shell"]]
+    executable = argv[0]
+    if not program["argv"] or program.get("login"):
+        argv = ["-" + os.path.basename(executable), *argv[1:]]
+    os.umask(program.get("umask", 0o022))
+    _change_directory(program.get("cwd") or user["home"], required=bool(program.get("cwd")))
+    if program.get("seccomp"):
+        # Before the ids change: without no_new_privs, loading a filter needs CAP_SYS_ADMIN here.
+        process.load_seccomp(bytes.fromhex(program["seccomp"]))
+    if user["uid"] or user["gid"] or user["groups"]:
+        os.setgroups(user["groups"])
+        os.setresgid(user["gid"], user["gid"], user["gid"])
+        os.setresuid(user["uid"], user["uid"], user["uid"])
+    _exec(executable, argv, environment)
+
+
+def _exec(executable: str, argv: "list[str]", environment: "dict[str, str]") -> None:
+    if "/" in executable:
+        os.execve(executable, argv, environment)
+    denied = None
+    for directory in environment.get("PATH", DEFAULT_PATH).split(":"):
+        try:
+            os.execve(f"{directory or '.'}/{executable}", argv, environment)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
+            denied = error
+    raise denied or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), executable)
+
+
+def _change_directory(directory: str, *, required: bool) -> None:
+    try:
+        os.chdir(directory)
+    except OSError:
+        if required:
+            raise
+        os.chdir("/")
+
+
+def _find_user(name: str) -> dict:
+    """Look a user up in the container's passwd and group files, by name or number, optionally `user:group`.
+
+    The files are parsed here: the C library's getpwnam would load the container's own libraries.
+    """
+    wanted, _, wanted_group = name.partition(":")
+    entry = next(
+        (e for e in _read_table("/etc/passwd", 7) if e[0] == wanted or (wanted.isdigit() and e[2] == wanted)),
+        None,
+    )
+    if entry is None and not wanted.isdigit() and wanted != "root":
+        raise LookupError(f"no user {wanted!r} in the container")
+    uid = int(entry[2]) if entry else int(wanted) if wanted.isdigit() else 0
+    gid = int(entry[3]) if entry else uid
+    account = entry[0] if entry else wanted
+    groups = [int(g[2]) for g in _read_table("/etc/group", 4) if account in g[3].split(",")]
+    if wanted_group:
+        found = next((g for g in _read_table("/etc/group", 4) if wanted_group in (g[0], g[2])), None)
+        if found is None and not wanted_group.isdigit():
+            raise LookupError(f"no group {wanted_group!r} in the container")
+        gid, groups = int(found[2]) if found else int(wanted_group), []
+    home = (entry[5] if entry else "") or ("/root" if uid == 0 else "/")
+    shell = (entry[6] if entry else "") or "/bin/sh"
+    return {
+        "uid": uid, "gid": gid, "groups": groups, "home": home, "shell": shell,
+        "environment": {"HOME": home, "USER": account, "LOGNAME": account, "SHELL": shell},
+    }  # fmt: skip
+
+
+def _read_table(path: str, columns: int) -> "list[list[str]]":
+    try:
+        root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Not blocking, for a FIFO in the place of the file; bounded, for a device or a bomb.
+        fd = open_in_root(root_fd, path, os.O_RDONLY | os.O_NONBLOCK)
+        os.close(root_fd)
+    except OSError:
+        return []
+    try:
+        text = os.read(fd, _PASSWD_LIMIT_BYTES).decode("utf-8", "surrogateescape")
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
+    rows = [line.split(":") for line in text.splitlines()]
+    return [row for row in rows if len(row) >= columns and row[2].isdigit() and len(row[2]) < 10
+            and (columns != 7 or (row[3].isdigit() and len(row[3]) < 10))]  # fmt: skip
+
+
+def _load_builtin(program: dict):
+    from sysctr.runtime import files  # tarfile is 15 ms and 2 MB: paid by the child that needs it, not by all
+
+    return files.BUILTINS[program["builtin"]]
+
+
+def _errno(error: BaseException) -> int:
+    return getattr(error, "errno", None) or 0
+
+
+def _report(sync: socket.socket, error: BaseException) -> None:
+    if isinstance(error, StepFailed):
+        number, total, description, reason, code = error.args
+        message = {"step": number, "of": total, "description": description, "reason": reason, "errno": code}
+    else:
+        kind = "" if isinstance(error, OSError | LookupError) else f"{type(error).__name__}: "
+        message = {"reason": f"{kind}{error}", "errno": _errno(error)}
+    try:
+        wire.send(sync, {"failed": message})
+    except (OSError, wire.WireError):
+        pass  # nobody listens any more; the exit status says that it failed

@@ -1,0 +1,179 @@
+"""Children of the supervisor: cloned, mapped, given their trees, and listened to until they run or fail."""
+
+import os
+import socket
+from collections.abc import Callable
+
+from sysctr.linux import mount, process
+from sysctr.runtime import child, wire
+from sysctr.runtime.loop import Loop
+
+_NAMESPACES = (
+    process.CLONE_NEWUSER
+    | process.CLONE_NEWNS
+    | process.CLONE_NEWPID
+    | process.CLONE_NEWIPC
+    | process.CLONE_NEWUTS
+)
+
+
+class Child:
+    """A process that carries out a plan or enters a container, and what it says on its way.
+
+    `on_message(kind, content, fds)` is called with kind network, prepared, terminal, started, running or
+    failed; `on_exec()` when the socket closed without a failure, which is the exec (or the end of a builtin);
+    `on_exit(status)` with the wait status. Descriptors passed to on_message become the callee's.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        pid: int,
+        pidfd: int,
+        sync: socket.socket,
+        on_message: "Callable[[str, dict, list[int]], None]",
+        on_exec: Callable[[], None],
+        on_exit: Callable[[int], None],
+    ) -> None:
+        self._loop = loop
+        self.pid = pid
+        self.pidfd = pidfd
+        self._sync: socket.socket | None = sync
+        self._on_message = on_message
+        self._on_exec = on_exec
+        self._on_exit = on_exit
+        self.failed = False
+        loop.watch(sync.fileno(), self._on_sync)
+        loop.watch(pidfd, self._on_pidfd)
+
+    def proceed(self) -> None:
+        """Let a prepared child go on to its program."""
+        if self._sync is not None:
+            try:
+                wire.send(self._sync, {"start": True})
+            except (OSError, wire.WireError):
+                pass  # it died meanwhile; its exit tells
+
+    def kill(self, signal_number: int = 9) -> None:
+        """Send a signal; a child that is gone already is no error."""
+        try:
+            process.pidfd_send_signal(self.pidfd, signal_number)
+        except OSError:
+            pass
+
+    def watch_other(self, pid: int, pidfd: int) -> None:
+        """Wait for another process instead: the one that was born inside the pid namespace."""
+        self._loop.forget(self.pidfd)
+        os.close(self.pidfd)
+        try:
+            os.waitpid(self.pid, 0)  # it ends right after it told us, so this does not wait long
+        except ChildProcessError:
+            pass
+        self.pid, self.pidfd = pid, pidfd
+        self._loop.watch(pidfd, self._on_pidfd)
+
+    def _on_sync(self, _events: int) -> None:
+        if self._sync is None:
+            return
+        try:
+            message, fds = wire.receive(self._sync)
+        except (wire.WireError, OSError):
+            self._close_sync()
+            if not self.failed:
+                self._on_exec()
+            return
+        kind = next((k for k in ("failed", "network", "prepared", "terminal", "started", "running")
+                     if k in message), "")  # fmt: skip
+        if kind == "failed":
+            self.failed = True
+        self._on_message(kind, message, fds)
+
+    def _on_pidfd(self, _events: int) -> None:
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            pid, status = self.pid, -1
+        if not pid:
+            return
+        # What it said last may still lie in the socket: a failure is read before the exit is told.
+        while self._sync is not None:
+            self._on_sync(0)
+        self._loop.forget(self.pidfd)
+        os.close(self.pidfd)
+        self.pidfd = -1
+        self._on_exit(status)
+
+    def _close_sync(self) -> None:
+        if self._sync is not None:
+            self._loop.forget(self._sync.fileno())
+            self._sync.close()
+            self._sync = None
+
+
+def clone_for_plan(plan: dict, stdio: "list[int]") -> "tuple[int, int, socket.socket]":
+    """Clone a child into new namespaces, write its maps, and give it its trees; return pid, pidfd and socket.
+
+    Raises OSError with the call that failed; no child is left then.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if stdio:
+        plan = {**plan, "stdio": stdio}
+    pid, pidfd = process.clone(_NAMESPACES)
+    if pid == 0:
+        child.run_plan(theirs, plan)
+    theirs.close()
+    tree_fds: list[int] = []
+    try:
+        _write_maps(pid, plan["uid_map"], plan["gid_map"])
+        userns_fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for tree in plan["trees"]:
+                tree_fds.append(_prepare_tree(tree, userns_fd))
+        finally:
+            os.close(userns_fd)
+        wire.send(ours, {"trees": [tree["tree"] for tree in plan["trees"]]}, tree_fds)
+    except BaseException:
+        process.pidfd_send_signal(pidfd, 9)
+        os.waitpid(pid, 0)
+        os.close(pidfd)
+        ours.close()
+        raise
+    finally:
+        wire.close_all(tree_fds)
+    return pid, pidfd, ours
+
+
+def clone_to_join(pidfd: int, request: dict, stdio: "list[int]") -> "tuple[int, int, socket.socket]":
+    """Fork a child that enters the container of `pidfd`; return pid, pidfd and socket."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid, child_fd = process.clone(0)
+    if pid == 0:
+        child.join_container(theirs, pidfd, request, stdio)
+    theirs.close()
+    return pid, child_fd, ours
+
+
+def _write_maps(pid: int, uid_map: "list[list[int]]", gid_map: "list[list[int]]") -> None:
+    for name, ranges in (("uid_map", uid_map), ("gid_map", gid_map)):
+        text = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in ranges)
+        # One write: the kernel takes the whole map in a single call.
+        fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+
+def _prepare_tree(tree: dict, userns_fd: int) -> int:
+    tree_fd = mount.open_tree(tree["path"])
+    try:
+        mount.mount_setattr(
+            tree_fd,
+            attributes=tree.get("attributes", 0),
+            userns_fd=userns_fd if tree.get("idmap", True) else -1,
+            propagation=mount.MS_PRIVATE,
+        )
+    except BaseException:
+        os.close(tree_fd)
+        raise
+    return tree_fd

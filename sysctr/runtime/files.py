@@ -1,0 +1,160 @@
+"""Work on a container's files, done by a process with the container's ids whose root is the container's.
+
+So no symlink and no archive can reach the host, and nothing of the container's own is executed or loaded. The
+functions run in a child of the supervisor, in a running container's mount namespace or in a job of their own.
+"""
+
+import functools
+import io
+import os
+import socket
+import stat
+import tarfile
+
+from sysctr.runtime import wire
+
+_SHADOW_LIMIT_BYTES = 4 << 20
+_MODE_BITS = 0o7777
+
+
+def untar(sync: socket.socket, program: dict) -> None:
+    """Unpack the tar stream on standard input at program["path"], as cp would place what it holds.
+
+    An existing directory receives the members; any other path becomes the name of the single top member.
+    program: path, owner ([uid, gid] or null: as in the stream), mode (an int for files, or null).
+    """
+    destination = program["path"]
+    rename = "" if _is_directory(destination) else os.path.basename(destination.rstrip("/"))
+    directory = os.path.dirname(destination.rstrip("/")) or "/" if rename else destination
+    if not _is_directory(directory):
+        raise FileNotFoundError(2, "no such directory", directory)
+    count = 0
+    with tarfile.open(fileobj=io.FileIO(0, closefd=False), mode="r|*") as archive:
+        for member in archive:
+            parts = [part for part in member.name.split("/") if part not in ("", ".")]
+            if ".." in parts or not parts:
+                raise ValueError(f"a member is called {member.name!r}")
+            if rename:
+                parts[0] = rename
+            member.name = "/".join(parts)
+            if member.islnk():
+                link = [part for part in member.linkname.split("/") if part not in ("", ".")]
+                member.linkname = "/".join([rename, *link[1:]] if rename and link else link)
+            if program.get("owner"):
+                member.uid, member.gid = program["owner"]
+            if program.get("mode") is not None and member.isfile():
+                member.mode = program["mode"] & _MODE_BITS
+            archive.extract(member, directory, numeric_owner=True)
+            count += 1
+    wire.send(sync, {"files": count})
+
+
+def tar(sync: socket.socket, program: dict) -> None:
+    """Write program["paths"] as a tar stream to standard output, each under its base name.
+
+    What lies on another file system than its start (proc, a volume) is left out, and so are sockets.
+    """
+    paths = program["paths"]
+    for path in paths:
+        os.lstat(path)  # a path that is missing is told before a byte of the stream is written
+    with tarfile.open(fileobj=io.FileIO(1, "w", closefd=False), mode="w|", format=tarfile.PAX_FORMAT) as out:
+        for path in paths:
+            name = os.path.basename(os.path.normpath(path)) or "rootfs"
+            out.add(path, arcname=name, filter=functools.partial(_same_device, path, os.lstat(path).st_dev))
+
+
+def _same_device(top: str, device: int, info: tarfile.TarInfo) -> "tarfile.TarInfo | None":
+    _, _, rest = info.name.partition("/")
+    try:
+        return info if os.lstat(os.path.join(top, rest) if rest else top).st_dev == device else None
+    except FileNotFoundError:
+        return None
+
+
+def setup(sync: socket.socket, program: dict) -> None:
+    """Write what makes a container its owner's: files, keys, passwords.
+
+    program: files ([{path, text, mode}]), append ([{path, line, mode}]), passwords ({user: hash}), remove
+    ([path]); every part is optional. Running it twice changes nothing more.
+    """
+    for path in program.get("remove", ()):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+    for entry in program.get("files", ()):
+        _write(entry["path"], entry["text"], entry.get("mode", 0o644))
+    for entry in program.get("append", ()):
+        _append_line(entry["path"], entry["line"], entry.get("mode", 0o600))
+    if program.get("passwords"):
+        _set_passwords(program["passwords"])
+
+
+def _is_directory(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _write(path: str, text: str, mode: int) -> None:
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    temporary = f"{path}.sysctr-new"
+    try:
+        os.unlink(temporary)
+    except FileNotFoundError:
+        pass
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        os.fchmod(fd, mode)
+        os.write(fd, text.encode("utf-8", "surrogateescape"))
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+
+
+def _read(path: str) -> str:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    try:
+        return os.read(fd, _SHADOW_LIMIT_BYTES).decode("utf-8", "surrogateescape")
+    finally:
+        os.close(fd)
+
+
+def _append_line(path: str, line: str, mode: int) -> None:
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        os.makedirs(directory, mode=0o700)
+    text = _read(path)
+    if line in text.splitlines():
+        return
+    if text and not text.endswith("\n"):
+        text += "\n"
+    _write(path, f"{text}{line}\n", mode)
+
+
+def _set_passwords(passwords: "dict[str, str]") -> None:
+    rows = [line.split(":") for line in _read("/etc/shadow").splitlines()]
+    known = {line.split(":")[0] for line in _read("/etc/passwd").splitlines()}
+    for user, hashed in passwords.items():
+        if user not in known:
+            raise LookupError(f"no user {user!r} in the container")
+        row = next((row for row in rows if row[0] == user), None)
+        if row is None or len(row) < 2:
+            rows = [row for row in rows if row[0] != user]
+            rows.append([user, hashed, "", "0", "99999", "7", "", "", ""])
+        else:
+            row[1] = hashed
+    try:
+        mode = stat.S_IMODE(os.stat("/etc/shadow").st_mode)
+        group = os.stat("/etc/shadow").st_gid
+    except FileNotFoundError:
+        mode, group = 0o600, 0
+    _write("/etc/shadow", "".join(":".join(row) + "\n" for row in rows), mode)
+    os.chown("/etc/shadow", 0, group)
+
+
+BUILTINS = {"untar": untar, "tar": tar, "setup": setup}

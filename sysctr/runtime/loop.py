@@ -1,0 +1,48 @@
+"""The supervisor's event loop: descriptors and deadlines, one thread, no framework."""
+
+import heapq
+import select
+import time
+from collections.abc import Callable
+
+
+class Loop:
+    """Calls a function for each descriptor that is ready and for each deadline that has passed."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self.stopping = False
+
+    def watch(self, fd: int, handler: Callable[[int], None], *, write: bool = False) -> None:
+        """Call handler(events) whenever fd is readable (and writable, where asked)."""
+        events = select.EPOLLIN | (select.EPOLLOUT if write else 0)
+        if fd in self._handlers:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+        self._handlers[fd] = handler
+
+    def forget(self, fd: int) -> None:
+        """Stop watching fd; to be called before it is closed, because its number is used again at once."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def after(self, delay_s: float, function: Callable[[], None]) -> None:
+        """Call function once, delay_s from now."""
+        self._count += 1
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._count, function))
+
+    def run(self) -> None:
+        """Serve until `stopping` is set."""
+        while not self.stopping:
+            timeout_s = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else -1
+            for fd, events in self._epoll.poll(timeout_s):
+                # A handler of this round may have closed this one, and its number may stand for another file.
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler(events)
+            while self._timers and self._timers[0][0] <= time.monotonic():
+                heapq.heappop(self._timers)[2]()

@@ -1,0 +1,171 @@
+"""Programs run for a caller: exec and files in a running container, jobs in namespaces of their own.
+
+The caller gets the far ends of fresh pipes or of a pty that was opened inside, never the other way round: no
+descriptor of a caller ever enters a container. (A job takes the daemon's pipes: it is the daemon's own hand.)
+"""
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+
+from sysctr.linux import tty
+from sysctr.runtime import wire
+from sysctr.runtime.children import Child, clone_for_plan, clone_to_join
+from sysctr.runtime.console import notifier
+from sysctr.runtime.loop import Loop
+
+_NOT_FOUND = 127
+_NOT_EXECUTABLE = 126
+_NOT_STARTED = 125
+_SIGHUP = 1
+_SIGKILL = 9
+
+
+class Session:
+    """One program and the connection of the caller who waits for its end.
+
+    The connection carries {"resize": [rows, columns]} and {"signal": n} inwards; {"ok": true, "fds": [...]}
+    with the descriptors and at last {"exit": n} (with "error", where it did not run) outwards. A caller who
+    goes away hangs up on the program.
+    """
+
+    def __init__(self, loop: Loop, connection: socket.socket, on_end: "Callable[[Session], None]") -> None:
+        self._loop = loop
+        self._connection = connection
+        self._notify = notifier(connection)
+        self._on_end = on_end
+        self._child: Child | None = None
+        self._client_fds: dict[str, int] = {}
+        self._terminal_fd = -1
+        self._failure: dict | None = None
+        self._hangup_signal = _SIGHUP
+        self._exec_seen = False
+        self.container_id: int | None = None
+
+    def join(self, container_id: int, pidfd: int, request: dict) -> None:
+        """Run the request's program inside the container of `pidfd`."""
+        self.container_id = container_id
+        ours = self._make_pipes(request)
+        try:
+            self._adopt(clone_to_join(pidfd, request, ours))
+        finally:
+            wire.close_all(ours)
+
+    def run_plan(self, plan: dict, stdio: "list[int]", request: "dict | None" = None) -> None:
+        """Run a job: a plan in new namespaces, with the given stdio or with pipes for the caller."""
+        if not stdio:
+            stdio = self._make_pipes(request or {})
+        else:
+            self._hangup_signal = _SIGKILL
+        try:
+            self._adopt(clone_for_plan(plan, stdio))
+        finally:
+            wire.close_all(stdio)
+
+    def _adopt(self, born: "tuple[int, int, socket.socket]") -> None:
+        self._child = Child(self._loop, *born, self._on_message, self._on_exec, self._on_exit)
+        self._loop.watch(self._connection.fileno(), self._on_request)
+
+    def _make_pipes(self, request: dict) -> "list[int]":
+        if request.get("tty"):
+            return [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC) for _ in range(3)]
+        wanted = request.get("streams", ["stdin", "stdout", "stderr"])
+        ours = []
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            if name not in wanted:
+                ours.append(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+                continue
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            inside, outside = (reader, writer) if number == 0 else (writer, reader)
+            ours.append(inside)
+            self._client_fds[name] = outside
+        return ours
+
+    def _on_message(self, kind: str, message: dict, fds: "list[int]") -> None:
+        if kind == "failed":
+            self._failure = message["failed"]
+        elif kind == "terminal":
+            self._terminal_fd = fds.pop()
+            self._client_fds = {"pty": os.dup(self._terminal_fd)}
+        elif kind == "started":
+            if fds:
+                self._child.watch_other(message["started"], fds.pop())
+            self._hand_over()
+        elif kind == "prepared":
+            self._child.proceed()
+            self._hand_over()
+        wire.close_all(fds)
+
+    def _hand_over(self) -> None:
+        names = list(self._client_fds)
+        fds = list(self._client_fds.values())
+        self._client_fds = {}
+        try:
+            wire.send(self._connection, {"ok": True, "fds": names}, fds)
+        except (OSError, wire.WireError):
+            self._child.kill(self._hangup_signal)
+        finally:
+            wire.close_all(fds)
+
+    def _on_exec(self) -> None:
+        self._exec_seen = True
+
+    def _on_request(self, _events: int) -> None:
+        try:
+            message = wire.receive_plain(self._connection)
+        except (OSError, wire.WireError):
+            self._loop.forget(self._connection.fileno())
+            self._child.kill(self._hangup_signal)
+            return
+        size = message.get("resize")
+        if self._terminal_fd >= 0 and isinstance(size, list) and len(size) == 2:
+            try:
+                tty.set_window_size(self._terminal_fd, int(size[0]) & 0xFFFF, int(size[1]) & 0xFFFF)
+            except (OSError, ValueError, TypeError):
+                pass  # a nonsensical size changes nothing
+        number = message.get("signal")
+        if isinstance(number, int) and 0 < number < 65:
+            self._child.kill(number)
+
+    def _on_exit(self, status: int) -> None:
+        wire.close_all(list(self._client_fds.values()))
+        if self._terminal_fd >= 0:
+            os.close(self._terminal_fd)
+        message: dict = {"exit": exit_code(status)}
+        if self._failure is not None:
+            message = {"exit": _failure_code(self._failure), "error": failure_error(self._failure)}
+        self._notify(message)
+        self.close()
+        self._on_end(self)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._loop.forget(self._connection.fileno())
+        self._connection.close()
+
+
+def exit_code(status: int) -> int:
+    """Return what a shell would: the exit status, or 128 + the signal's number."""
+    if status < 0:
+        return _NOT_STARTED
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def failure_error(failure: dict) -> dict:
+    """Return a child's failure as an error for people."""
+    reason = failure.get("reason", "unknown reason")
+    if "step" in failure:
+        reason = f"step {failure['step']} of {failure['of']}, {failure['description']}: {reason}"
+    return {"code": "failed", "message": reason, "hint": ""}
+
+
+def _failure_code(failure: dict) -> int:
+    if "step" in failure:
+        return _NOT_STARTED
+    code = failure.get("errno")
+    if code in (errno.ENOENT, errno.ENOTDIR):
+        return _NOT_FOUND
+    if code in (errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.EISDIR):
+        return _NOT_EXECUTABLE
+    return _NOT_STARTED

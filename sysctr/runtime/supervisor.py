@@ -1,0 +1,369 @@
+"""The supervisor: parent of every init, holder of consoles, gate into containers; it decides nothing.
+
+Two sockets: on the first the daemon alone sends plans, signals and questions; the second takes a one-time
+ticket that the daemon got, from anyone who may connect. One thread; a conversation that creates a container
+lives as long as its connection, so a daemon that dies half-way leaves nothing half-made.
+"""
+
+import os
+import resource
+import secrets
+import signal
+import socket
+import sys
+import time
+import traceback  # noqa: F401 - a child that fails inside cannot import it any more
+
+from sysctr import __version__
+from sysctr.errors import Busy, NotFound, SysctrError, UsageError, WrongState
+from sysctr.linux import process
+from sysctr.paths import Layout, layout
+from sysctr.runtime import wire
+from sysctr.runtime.containers import Container, Creation
+from sysctr.runtime.loop import Loop
+from sysctr.runtime.records import Records
+from sysctr.runtime.sessions import Session
+
+_TICKET_LIFE_S = 30
+_TICKETS_LIMIT = 4096
+
+
+class Supervisor:
+    """Everything this process knows; see the module's sentence."""
+
+    def __init__(self, where: Layout, keeper: "socket.socket | None") -> None:
+        self.where = where
+        self.loop = Loop()
+        self.records = Records(where.supervised)
+        self.containers: dict[int, Container] = {}
+        self.creations: dict[int, Creation] = {}
+        self.started = time.time()
+        self.keeper = keeper
+        self._sessions: set[Session] = set()
+        self._subscribers: list[socket.socket] = []
+        self._tickets: dict[str, tuple[float, dict]] = {}
+        self._unclaimed_exits: dict[int, int] = {}
+        os.makedirs(where.consoles, mode=0o700, exist_ok=True)
+        os.makedirs(f"{where.run}/stage", mode=0o755, exist_ok=True)
+
+    def serve(self) -> None:
+        """Adopt what runs, then answer until told to quit."""
+        kept = self._kept_by_keeper()
+        for container_id, record in self.records.read_all().items():
+            Container.adopt(self, container_id, record, kept.pop(container_id, {}))
+        for fds in kept.values():
+            wire.close_all(list(fds.values()))
+        if self.keeper is not None:
+            self.loop.watch(self.keeper.fileno(), self._on_keeper)
+        for path, mode, handler in (
+            (self.where.plan_socket, 0o600, self._on_plan_message),
+            (self.where.ticket_socket, 0o660, self._on_ticket_message),
+        ):
+            listener = wire.listen(path, mode)
+            if mode == 0o660:
+                _give_to_group(path, self.where.group)
+            listener.setblocking(False)
+            self.loop.watch(listener.fileno(), self._acceptor(listener, handler))
+        self.loop.run()
+
+    def publish(self, event: dict) -> None:
+        """Send an event to every subscriber; one that is gone is forgotten."""
+        for subscriber in list(self._subscribers):
+            try:
+                wire.send(subscriber, event)
+            except (OSError, wire.WireError):
+                self._forget_subscriber(subscriber)
+
+    def tell_keeper(self, message: dict, fds: "list[int] | tuple[int, ...]" = ()) -> None:
+        """Let the keeper hold copies of descriptors, or let go of them."""
+        if self.keeper is None:
+            return
+        try:
+            wire.send(self.keeper, message, fds)
+        except (OSError, wire.WireError):
+            log(f"cannot tell the keeper {sorted(message)}")
+
+    def take_unclaimed_exit(self, pid: int) -> "int | None":
+        """Return the wait status the keeper reported for a process that was not known yet."""
+        return self._unclaimed_exits.pop(pid, None)
+
+    # Conversations
+
+    def _acceptor(self, listener: socket.socket, handler):
+        def accept(_events: int) -> None:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connection.settimeout(5)  # for sending to a peer that does not read; receiving waits in the loop
+            self.loop.watch(connection.fileno(), lambda _e: self._on_connection(connection, handler))
+
+        return accept
+
+    def _on_connection(self, connection: socket.socket, handler) -> None:
+        try:
+            message, fds = wire.receive(connection)
+        except (OSError, wire.WireError):
+            self.drop(connection)
+            return
+        try:
+            handler(connection, message, fds)
+        except SysctrError as error:
+            self._answer(connection, {"error": error.as_dict()})
+        except (OSError, wire.WireError, KeyError, TypeError, ValueError) as error:
+            log(f"cannot carry out {message.get('op', 'a request')}: {error!r}")
+            text = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+            self._answer(connection, {"error": {"code": "failed", "message": text, "hint": ""}})
+        finally:
+            wire.close_all(fds)
+
+    def _answer(self, connection: socket.socket, message: dict, fds: "tuple[int, ...]" = ()) -> None:
+        try:
+            wire.send(connection, message, fds)
+        except (OSError, wire.WireError):
+            self.drop(connection)
+
+    def drop(self, connection: socket.socket) -> None:
+        """Close a connection that no conversation owns any more."""
+        if connection.fileno() >= 0:
+            self._forget_subscriber(connection)
+            self.loop.forget(connection.fileno())
+            connection.close()
+
+    def _forget_subscriber(self, connection: socket.socket) -> None:
+        self._subscribers = [other for other in self._subscribers if other is not connection]
+
+    def _on_plan_message(self, connection: socket.socket, message: dict, fds: "list[int]") -> None:
+        operation = message.get("op")
+        if operation == "create":
+            container_id = message["id"]
+            if container_id in self.creations:
+                raise Busy(f"cannot start {container_id}: it is being started already")
+            container = self.containers.get(container_id)
+            if container and container.running:
+                raise WrongState(f"cannot start {container_id}: it is running")
+            # From here on the conversation owns the connection.
+            self.creations[container_id] = Creation(self, connection, container_id, message["plan"])
+        elif operation == "job":
+            stdio, fds[:] = list(fds), []
+            self._start_session(connection, lambda session: session.run_plan(message["plan"], stdio))
+        elif operation == "ticket":
+            self._answer(connection, {"ticket": self._new_ticket(message["request"])})
+        elif operation == "signal":
+            self._container(message["id"]).kill(message["signal"])
+            self._answer(connection, {"ok": True})
+        elif operation == "forget":
+            container = self.containers.get(message["id"])
+            if container and container.running:
+                raise WrongState(f"cannot forget {message['id']}: it is running")
+            self.containers.pop(message["id"], None)
+            self.records.remove(message["id"])
+            self._answer(connection, {"ok": True})
+        elif operation == "list":
+            states = {str(i): container.state() for i, container in self.containers.items()}
+            self._answer(connection, {"containers": states})
+        elif operation == "pidfd":
+            container = self._container(message["id"])
+            self._answer(connection, {"pid": container.pid}, (container.pidfd,))
+        elif operation == "subscribe":
+            self._subscribers.append(connection)
+            self._answer(connection, {"ok": True})
+        elif operation == "hello":
+            self._answer(connection, self._status())
+        elif operation == "upgrade":
+            self._upgrade(connection)
+        elif operation == "quit":
+            self._quit(connection)
+        else:
+            raise UsageError(f"unknown operation {operation!r}", "daemon and supervisor differ in version")
+
+    def _status(self) -> dict:
+        return {
+            "version": __version__, "protocol": wire.PROTOCOL, "pid": os.getpid(), "started": self.started,
+            "keeper": self.keeper is not None, "containers": sum(c.running for c in self.containers.values()),
+            "sessions": len(self._sessions),
+        }  # fmt: skip
+
+    def _container(self, container_id: int) -> Container:
+        container = self.containers.get(container_id)
+        if container is None or not container.running:
+            raise WrongState(f"cannot reach {container_id}: it is not running")
+        return container
+
+    # Tickets
+
+    def _new_ticket(self, request: dict) -> str:
+        now = time.monotonic()
+        self._tickets = {t: entry for t, entry in self._tickets.items() if entry[0] > now}
+        if len(self._tickets) >= _TICKETS_LIMIT:
+            raise Busy("cannot give a ticket: too many are unused", "try again in half a minute")
+        ticket = secrets.token_hex(16)
+        self._tickets[ticket] = (now + _TICKET_LIFE_S, request)
+        return ticket
+
+    def _on_ticket_message(self, connection: socket.socket, message: dict, _fds: "list[int]") -> None:
+        # Taken out before anything else happens: a ticket works once, whatever comes of it.
+        expires, request = self._tickets.pop(str(message.get("ticket")), (0.0, {}))
+        if expires < time.monotonic():
+            raise NotFound("the ticket is unknown, used or expired")
+        if request["kind"] == "console":
+            self._attach_console(connection, self._container(request["id"]), request)
+        elif request.get("plan"):
+            streams = {"streams": request["streams"]}
+            self._start_session(connection, lambda session: session.run_plan(request["plan"], [], streams))
+        else:
+            container = self._container(request["id"])
+            self._start_session(
+                connection, lambda session: session.join(container.id, container.pidfd, request["request"])
+            )
+
+    def _start_session(self, connection: socket.socket, start) -> None:
+        self.loop.forget(connection.fileno())
+        session = Session(self.loop, connection, self._sessions.discard)
+        self._sessions.add(session)
+        try:
+            start(session)
+        except BaseException:
+            self._sessions.discard(session)
+            self.loop.watch(
+                connection.fileno(), lambda _e: self._on_connection(connection, self._on_ticket_message)
+            )
+            raise
+
+    def _attach_console(self, connection: socket.socket, container: Container, request: dict) -> None:
+        if container.console is None:
+            raise WrongState(
+                f"cannot attach to the console of {container.id}: it was lost with an earlier supervisor",
+                "restart the container, or use `sysctr enter`",
+            )
+
+        def notify(message: dict) -> None:
+            self._answer(connection, message)
+
+        def on_message(_events: int) -> None:
+            try:
+                size = wire.receive_plain(connection).get("resize")
+                if isinstance(size, list) and len(size) == 2 and container.console is not None:
+                    container.console.resize(int(size[0]) & 0xFFFF, int(size[1]) & 0xFFFF)
+            except (OSError, wire.WireError):
+                self.drop(connection)
+            except (ValueError, TypeError):
+                pass
+
+        theirs = container.console.attach(notify)
+        with theirs:
+            wire.send(connection, {"ok": True, "fds": ["stream"]}, (theirs.fileno(),))
+        self.loop.watch(connection.fileno(), on_message)
+
+    # The keeper
+
+    def _kept_by_keeper(self) -> "dict[int, dict[str, int]]":
+        """Return the descriptors an earlier supervisor left with the keeper, by container and name."""
+        kept: dict[int, dict[str, int]] = {}
+        if self.keeper is None:
+            return kept
+        wire.send(self.keeper, {"hello": os.getpid()})
+        while True:
+            message, fds = wire.receive(self.keeper)
+            if "kept" in message:
+                kept[message["kept"]] = dict(zip(message["names"], fds, strict=True))
+                continue
+            wire.close_all(fds)
+            if "reaped" in message:
+                self._unclaimed_exits[message["reaped"]] = message["status"]
+            elif "end" in message:
+                return kept
+
+    def _on_keeper(self, _events: int) -> None:
+        try:
+            message = wire.receive_plain(self.keeper)
+        except (OSError, wire.WireError):
+            # Without a keeper this process serves on; what is lost is the rescue of its own death.
+            log("the keeper is gone")
+            self.loop.forget(self.keeper.fileno())
+            self.keeper.close()
+            self.keeper = None
+            return
+        if "reaped" in message:
+            pid = message["reaped"]
+            for container in self.containers.values():
+                if container.pid == pid and container.running:
+                    container.on_exit(message["status"])
+                    return
+            self._unclaimed_exits[pid] = message["status"]
+        elif "terminate" in message:
+            self.loop.stopping = True
+
+    # Life of the supervisor itself
+
+    def _upgrade(self, connection: socket.socket) -> None:
+        """Execute the code that is on disk now; inits stay children of this very process."""
+        if self.creations or self._sessions:
+            raise Busy(
+                f"cannot upgrade the supervisor: {len(self.creations) + len(self._sessions)} starts or "
+                "sessions are under way",
+                "try again when they have ended",
+            )
+        self._answer(connection, {"ok": True})
+        if self.keeper is not None:
+            os.set_inheritable(self.keeper.fileno(), True)
+        os.execv(sys.executable, launch_argv(self.keeper.fileno() if self.keeper else -1))
+
+    def _quit(self, connection: socket.socket) -> None:
+        running = sorted(i for i, container in self.containers.items() if container.running)
+        if running or self.creations:
+            raise WrongState(
+                f"cannot end the supervisor: {len(running) + len(self.creations)} containers run",
+                "stop them first with `sysctr stop --all`",
+            )
+        self.tell_keeper({"quit": True})
+        self._answer(connection, {"ok": True})
+        self.loop.stopping = True
+
+
+def log(text: str, priority: int = 6) -> None:
+    """Write a line for the journal, which reads the priority in front."""
+    sys.stderr.write(f"<{priority}>supervisor: {text}\n")
+    sys.stderr.flush()
+
+
+def _give_to_group(path: str, name: str) -> None:
+    import grp
+
+    try:
+        os.chown(path, 0, grp.getgrnam(name).gr_gid)
+    except KeyError:
+        pass  # no such group: root alone
+
+
+def launch_argv(keeper_fd: int) -> "list[str]":
+    """Return the command line of a supervisor: isolated from the environment and from site-packages."""
+    package_dir = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+        "from sysctr.runtime.supervisor import main; sys.exit(main())"
+    )
+    return [sys.executable, "-I", "-S", "-c", program, package_dir, "--keeper-fd", str(keeper_fd)]
+
+
+def main() -> int:
+    """Run the supervisor of the installation that SYSCTR_ROOT names."""
+    keeper_fd = int(sys.argv[sys.argv.index("--keeper-fd") + 1]) if "--keeper-fd" in sys.argv else -1
+    keeper = None
+    if keeper_fd >= 0:
+        keeper = socket.socket(fileno=keeper_fd)
+        os.set_inheritable(keeper_fd, False)
+    os.umask(0o022)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process.set_name("sysctr-superv")
+    # pidfd, console, notify socket and connections: some six descriptors for each container.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        Supervisor(layout(), keeper).serve()
+    except OSError as error:
+        log(f"ends: {error}", 3)
+        return 1
+    return 0
+
