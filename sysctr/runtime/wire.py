@@ -71,7 +71,9 @@ def receive(sock: socket.socket) -> "tuple[dict, list[int]]":
     """
     try:
         data, ancillary, flags, _ = sock.recvmsg(
-            MESSAGE_LIMIT_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC  # recv_fds() drops its flags
+            MESSAGE_LIMIT_BYTES,
+            _ANCILLARY_BYTES,
+            socket.MSG_CMSG_CLOEXEC,  # recv_fds() drops its flags
         )
     except ConnectionError as error:
         raise ConnectionClosed(str(error)) from error
