@@ -218,6 +218,7 @@ class TaskRunner:
         self._holders: dict[int | str, tuple[Task | None, str]] = {}
         self._tasks: dict[str, Task] = {}
         self._closing = False
+        self._unended = 0
         # Its threads start with the first task that finds no idle one.
         self._pool = ThreadPoolExecutor(threads, "task")
         self._load()
@@ -247,7 +248,8 @@ class TaskRunner:
                 self._refuse_if_held(key, task.doing)
                 self._holders[key] = (task, f"task {task.id} ({kind})")
             self._tasks[task.id] = task
-        self._files.begin({**task.as_dict(), "state": "running"})
+            self._unended += 1
+            self._files.begin(task.as_dict())
         try:
             self._pool.submit(self._run, task, key, function)
         except RuntimeError as error:  # the pool was shut down since
@@ -327,6 +329,10 @@ class TaskRunner:
         stuck = [task for task in unended if task.state not in ENDED]
         for task in stuck:
             self._finish(task, None, "failed", _interrupted(task), None, "the daemon was stopped")
+        if not stuck:
+            # Those that have told of their end still write their records.
+            self._pool.shutdown(wait=True)
+            self._files.close()
         return stuck
 
     def list(self, state: str | None = None) -> list[Task]:
@@ -384,6 +390,10 @@ class TaskRunner:
         self._publish(task)
         # After everybody was told: nobody waits for the disk.
         self._files.end(task.as_dict())
+        with self._free:
+            self._unended -= 1
+            if not self._unended:
+                self._files.idle()
         self._prune()
 
     def _publish(self, task: Task) -> None:
@@ -409,6 +419,7 @@ class TaskRunner:
                 task.end("failed", _interrupted(task), None, "interrupted: the daemon was stopped")
                 self._files.end(task.as_dict())
             self._tasks[task.id] = task
+        self._files.idle()
         self._prune()
 
 

@@ -52,14 +52,11 @@ def runner(where: Layout, bus: Bus):
     assert runner.close(grace_s=0) == []
 
 
-def record(where: Layout, task: Task) -> dict:
-    return json.loads(Path(where.tasks, f"{task.id}.json").read_text())
-
-
 def settled(where: Layout, task: Task) -> dict:
     """Wait for the record that is written after everybody was told."""
-    wait_until(lambda: record(where, task)["state"] == task.state, what="the final record")
-    return record(where, task)
+    path = Path(where.tasks, f"{task.id}.json")
+    wait_until(path.exists, what="the record")
+    return json.loads(path.read_text())
 
 
 def fails(error: BaseException):
@@ -331,8 +328,11 @@ def test_a_task_that_a_crash_ended_is_failed_at_the_next_start(where: Layout, bu
     text = runner.read_log(task.id).decode()
     assert "begun" in text
     assert "interrupted" in text
-    assert record(where, task)["state"] == "failed"
+    assert settled(where, task) == task.as_dict()
     runner.close(0)
+    again = TaskRunner(where, bus)
+    assert [one.as_dict() for one in again.list()] == [task.as_dict()]
+    again.close(0)
 
 
 def test_only_the_newest_are_kept_and_survive_a_restart(where: Layout, bus: Bus) -> None:
@@ -341,6 +341,7 @@ def test_only_the_newest_are_kept_and_survive_a_restart(where: Layout, bus: Bus)
     for task in tasks:
         task.wait(10)
     runner.close(10)
+    Path(where.tasks, "running").write_text('{"id": "0123456789ab", "crea\n[]\n1\n' + "[" * 9000)
     Path(where.tasks, "0123456789ab.json").write_text('{"id": "0123456789ab"')
     Path(where.tasks, "ffffffffffff.log").write_text("of no task")
     Path(where.tasks, ".aaaaaaaaaaaa.new").write_text("half")
@@ -348,7 +349,7 @@ def test_only_the_newest_are_kept_and_survive_a_restart(where: Layout, bus: Bus)
     kept = [task.id for task in again.list()]
     assert len(kept) == 3
     assert set(kept) <= {task.id for task in tasks}
-    assert {name.split(".")[0] for name in os.listdir(where.tasks)} == set(kept)
+    assert {name.split(".")[0] for name in os.listdir(where.tasks)} == {*kept, "running"}
     again.close(0)
 
 
