@@ -8,12 +8,16 @@ from tests import facts, leaks, node
 from tests.node import Node, TemplateStore
 from tests.wait import wait_until
 
+_PARTS = ("lint", "unit", "kernel", "system", "tui", "vm")
 # A marker that implies facts, so that `@pytest.mark.root` alone skips where there is no root.
 _IMPLIED = {"root": ("root",), "kernel": ("root",), "vm": ("vm",), "net": ("net",)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--keep", action="store_true", help="keep the directories of the hosts that tests made")
+    parser.addoption(
+        "--in-parts", action="store_true", help="lint, unit, kernel, …: stop after a part that is red"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,6 +41,34 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(f"needs {fact}: {reason} (SYSCTR_REQUIRE forbids to skip)", pytrace=False)
         if reason:
             pytest.skip(f"needs {fact}: {reason}")
+
+
+def _part(item: pytest.Item) -> str:
+    if item.path.name == "test_linters.py":
+        return "lint"
+    return item.path.relative_to(item.config.rootpath / "tests").parts[0]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("in_parts"):
+        items.sort(key=lambda item: _PARTS.index(_part(item)) if _part(item) in _PARTS else len(_PARTS))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or not item.config.getoption("in_parts") or _part(item) == _part(nextitem):
+        return
+    if item.session.testsfailed:
+        item.session.shouldfail = f"part {_part(item)} is red, the parts after it were not tried"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End with one plain line that a machine can read."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not config.getoption("in_parts"):
+        return
+    count = {name: len(reporter.stats.get(name, [])) for name in ("passed", "failed", "error", "skipped")}
+    failed = count["failed"] + count["error"]
+    reporter.write_line(f"{count['passed']} passed, {failed} failed, {count['skipped']} skipped")
 
 
 @pytest.hookimpl(trylast=True)

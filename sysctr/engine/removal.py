@@ -124,12 +124,18 @@ def remove_id_ranges(where: Layout) -> list[str]:
     return removed
 
 
-def main() -> int:
-    """Remove all traces and say which; `packaging/uninstall` calls it after its own questions."""
+def main(*, keep_ids: bool = False) -> int:
+    """Remove all traces and say which; `packaging/uninstall` calls it after its own questions.
+
+    With `keep_ids` the id ranges stay reserved for containers whose data is kept.
+    """
     where = layout()
     for pid in stop_processes(where):
         print(f"process {pid} would not end", file=sys.stderr)
-    for line in remove_network(where) + remove_cgroups(where) + remove_id_ranges(where):
+    removed = remove_network(where) + remove_cgroups(where)
+    if not keep_ids:
+        removed += remove_id_ranges(where)
+    for line in removed:
         print(f"  removed {line}")
     return 0
 
