@@ -1,0 +1,144 @@
+"""The command line. Only the module of the command that was called is imported, and only its parser built."""
+
+import sys
+
+from sysctr import errors
+
+# name: (module below sysctr.cli, group of the overview, what it does)
+COMMANDS = {
+    "list": ("container", "daily", "list the containers"),
+    "create": ("create", "daily", "create a container from a template"),
+    "start": ("life", "daily", "start containers"),
+    "stop": ("life", "daily", "stop containers: ask, then kill after the time-out"),
+    "shutdown": ("life", "daily", "ask containers to shut down, and leave them running if they do not"),
+    "reboot": ("life", "daily", "shut containers down and start them again"),
+    "enter": ("shell", "daily", "open a login shell in a container"),
+    "exec": ("shell", "daily", "run a program in a container"),
+    "console": ("shell", "daily", "attach to a container's console"),
+    "push": ("files", "daily", "copy files into a container"),
+    "pull": ("files", "daily", "copy files out of a container"),
+    "destroy": ("life", "daily", "destroy containers and all that is in them"),
+    "info": ("container", "look", "show everything about a container"),
+    "status": ("container", "look", "print a container's state in one word"),
+    "logs": ("watch", "look", "show what a container wrote to its console"),
+    "events": ("watch", "look", "follow what happens on this host"),
+    "wait": ("life", "look", "wait until a container is running, booted or stopped"),
+    "set": ("settings", "change", "change settings of a container"),
+    "config": ("settings", "change", "print the configuration of a container"),
+    "edit": ("settings", "change", "edit the configuration of a container in $EDITOR"),
+    "rename": ("settings", "change", "give a container another name"),
+    "passwd": ("settings", "change", "set a password inside a container"),
+    "protect": ("settings", "change", "keep containers from being destroyed"),
+    "freeze": ("life", "change", "freeze all processes of containers"),
+    "thaw": ("life", "change", "let frozen containers go on"),
+    "template list": ("template", "host", "list the templates"),
+    "template show": ("template", "host", "show everything about a template"),
+    "template build": ("template", "host", "build a template from a recipe"),
+    "template import": ("template", "host", "make a template of a rootfs archive"),
+    "template remove": ("template", "host", "remove templates"),
+    "task list": ("task", "host", "list the tasks"),
+    "task show": ("task", "host", "show a task and its log"),
+    "task cancel": ("task", "host", "cancel tasks"),
+    "daemon status": ("daemon", "host", "say whether the daemon runs"),
+    "daemon start": ("daemon", "host", "start the daemon"),
+    "daemon stop": ("daemon", "host", "stop the daemon; containers go on running"),
+    "daemon restart": ("daemon", "host", "restart the daemon; containers go on running"),
+    "doctor": ("daemon", "host", "check this host and say how to mend it"),
+    "version": ("daemon", "host", "print the version"),
+    "help": ("help", "help", "show the help of a command"),
+    "completion": ("help", "help", "print the completion script of a shell"),
+    "_words": ("help", "", "list names for the completion scripts"),
+}
+FAMILIES = ("template", "task", "daemon")
+
+
+def split_command(argv: "list[str]") -> "tuple[str, list[str]]":
+    """Return the command's name, one word or two, and the words after it.
+
+    >>> split_command(["template", "list", "--json"]), split_command(["list"])
+    (('template list', ['--json']), ('list', []))
+    """
+    if argv[0] in FAMILIES and len(argv) > 1 and f"{argv[0]} {argv[1]}" in COMMANDS:
+        return f"{argv[0]} {argv[1]}", argv[2:]
+    return argv[0], argv[1:]
+
+
+def load(name: str):  # type: ignore[no-untyped-def]  # Command is not imported before it is needed
+    """Return the Command of that name."""
+    module = f"sysctr.cli.{COMMANDS[name][0]}"
+    __import__(module)
+    return sys.modules[module].COMMANDS[name]
+
+
+def run(argv: "list[str]") -> int:
+    """Run one command and return its exit code; errors of the user are raised."""
+    if not argv:
+        from sysctr.cli.help import print_short
+
+        print_short()
+        return 0
+    name, rest = split_command(argv)
+    if name in ("-h", "--help"):
+        name = "help"
+    elif name in ("-V", "--version"):
+        name = "version"
+    if name in FAMILIES and (not rest or rest[0] in ("-h", "--help")):
+        name, rest = "help", [name]
+    if name not in COMMANDS:
+        raise unknown(name, rest)
+    from sysctr.cli.command import build_parser
+    from sysctr.client import Client
+
+    command = load(name)
+    parser = build_parser(name, COMMANDS[name][2], command)
+    arguments = command.parse(parser, rest)
+    with Client() as client:
+        return command.run(arguments, client) or 0
+
+
+def unknown(name: str, rest: "list[str]") -> errors.UsageError:
+    """Return the error for a command that does not exist, with the nearest one that does."""
+    import difflib
+
+    typed = f"{name} {rest[0]}" if name in FAMILIES and rest else name
+    near = difflib.get_close_matches(typed, [known for known in COMMANDS if known[0] != "_"], n=1, cutoff=0.5)
+    hint = f"did you mean `sysctr {near[0]}`?" if near else "see `sysctr help`"
+    return errors.UsageError(f"cannot run `{typed}`: no such command", hint)
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    """Run the command line and return the exit code."""
+    # A name with odd bytes must not end the program where the locale cannot print it.
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+    try:
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except errors.SysctrError as error:
+        from sysctr.cli.output import print_error
+
+        try:
+            print_error(error)
+        except BrokenPipeError:
+            _quiet_streams()
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output is gone, as in `sysctr list | head -1`: end as SIGPIPE would have it.
+        _quiet_streams()
+        code = 141
+    except SystemExit as exit_:  # argparse after --help
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    return code
+
+
+def _quiet_streams() -> None:
+    import os
+
+    null_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null_fd, 1)
+    os.close(null_fd)

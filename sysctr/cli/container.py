@@ -1,0 +1,158 @@
+"""Looking at containers: list, status, info. `list` is the command whose imports are counted."""
+
+from sysctr.cli.command import Command, json_option, one_container, quiet_option
+from sysctr.cli.output import (
+    duration,
+    moment,
+    plain,
+    print_fields,
+    print_json,
+    print_table,
+    size,
+    state_colour,
+)
+from sysctr.cli.table import Column
+from sysctr.client import field, path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from sysctr.client import Client
+
+_COLUMNS = (
+    Column("ID", right=True),
+    Column("NAME", flexible=True),
+    Column("STATE", colour=state_colour),
+    Column("ADDRESS", flexible=True),
+    Column("MEMORY", right=True),
+    Column("UPTIME", right=True),
+    Column("TEMPLATE", flexible=True),
+    Column("TAGS", flexible=True),
+)
+
+
+def shown_state(container: "dict[str, Any]") -> str:
+    """Return the state as people see it: a running container that has not said READY is booting."""
+    if container["state"] == "running" and container.get("booted") is False:
+        return "booting"
+    return str(container["state"])
+
+
+def _row(container: "dict[str, Any]") -> "list[str]":
+    return [
+        str(container["id"]),
+        container["name"],
+        shown_state(container),
+        plain(container.get("addresses")) or "-",
+        size(container.get("memory_bytes")),
+        duration(container.get("uptime_s")),
+        container.get("template") or "-",
+        plain(container.get("tags")) or "-",
+    ]
+
+
+def _list_arguments(parser: "argparse.ArgumentParser") -> None:
+    parser.add_argument("--tag", metavar="T", help="only containers with this tag")
+    parser.add_argument("--running", action="store_true", help="only containers that are not stopped")
+    json_option(parser)
+    quiet_option(parser)
+
+
+def _list(arguments: "argparse.Namespace", client: "Client") -> None:
+    containers = field(client.get(path("containers"), {"tag": arguments.tag}), "containers")
+    if arguments.running:
+        containers = [container for container in containers if container["state"] != "stopped"]
+    if arguments.json:
+        print_json(containers)
+    elif arguments.quiet:
+        for container in containers:
+            print(container["id"])
+    else:
+        print_table(_COLUMNS, [_row(container) for container in containers])
+
+
+def _status_arguments(parser: "argparse.ArgumentParser") -> None:
+    one_container(parser)
+    json_option(parser)
+
+
+def _status(arguments: "argparse.Namespace", client: "Client") -> None:
+    container = field(client.get(path("containers", arguments.container)), "container")
+    if arguments.json:
+        print_json({name: container.get(name) for name in ("id", "name", "state", "booted", "exit", "task")})
+    else:
+        print(container["state"])
+
+
+def _info_arguments(parser: "argparse.ArgumentParser") -> None:
+    one_container(parser)
+    json_option(parser)
+
+
+def _info(arguments: "argparse.Namespace", client: "Client") -> None:
+    container = field(client.get(path("containers", arguments.container)), "container")
+    if arguments.json:
+        print_json(container)
+        return
+    print_fields(_fields(container))
+
+
+def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
+    usage = {**container, **(container.get("usage") or {})}
+    exit_ = container.get("exit")
+    task = container.get("task")
+    idmap = container.get("idmap")
+    pending = container.get("pending")
+    fields = [
+        ("id", str(container["id"])),
+        ("name", container["name"]),
+        ("state", shown_state(container)),
+        ("task", f"{task['kind']} ({task['id']})" if task else ""),
+        ("last end", plain(exit_)),
+        ("template", plain(container.get("template"))),
+        ("description", plain(container.get("description"))),
+        ("tags", plain(container.get("tags"))),
+        ("addresses", plain(container.get("addresses"))),
+    ]
+    for number, nic in enumerate(container.get("nets") or []):
+        fields.append((f"net {number}", plain(nic)))
+    fields += [
+        ("init", plain(container.get("init"))),
+        ("pid", plain(container.get("pid"))),
+        ("uptime", _unless_none(container.get("uptime_s"), duration)),
+        ("cpu time", _unless_none(usage.get("cpu_s"), duration)),
+        ("memory", _memory(usage)),
+        ("processes", plain(usage.get("pids"))),
+        ("limits", plain(container.get("limits"))),
+        ("start on boot", plain(container.get("onboot"))),
+        ("protected", plain(container.get("protected"))),
+        ("pending", f"{plain(sorted(pending))} (until the next start)" if pending else ""),
+        ("created", _unless_none(container.get("created"), _moment)),
+        ("ids on the host", plain(idmap)),
+        ("uuid", plain(container.get("uuid"))),
+    ]
+    return fields
+
+
+def _moment(created: "Any") -> str:
+    return moment(created) if isinstance(created, int | float) else str(created)
+
+
+def _unless_none(value: "Any", show: "Any") -> str:
+    return "" if value is None else show(value)
+
+
+def _memory(usage: "dict[str, Any]") -> str:
+    if usage.get("memory_bytes") is None:
+        return ""
+    most = usage.get("memory_max_bytes")
+    return f"{size(usage['memory_bytes'])} of {size(most)}" if most else size(usage["memory_bytes"])
+
+
+COMMANDS = {
+    "list": Command(_list_arguments, _list, examples=("sysctr list", "sysctr list --tag web -q")),
+    "status": Command(_status_arguments, _status, examples=("sysctr status demo",)),
+    "info": Command(_info_arguments, _info, examples=("sysctr info demo", "sysctr info 101 --json")),
+}

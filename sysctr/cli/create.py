@@ -1,0 +1,145 @@
+"""`sysctr create`: a container from a template, with its limits, network, keys and environment."""
+
+from sysctr import errors
+from sysctr.cli.command import Command, Selected, task_options, words
+from sysctr.cli.progress import Submitted, finish, submit
+from sysctr.cli.settings import assignment, read_secret
+from sysctr.client import path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from sysctr.client import Client
+
+_LIMITS = (
+    ("cores", "N|LIST", "how many cores, or which (2 or 0-3,5)"),
+    ("cpu", "N", "how much CPU time, in cores (1.5)"),
+    ("memory", "SIZE", "most memory (512M)"),
+    ("swap", "SIZE", "most swap (512M)"),
+    ("pids", "N", "most processes"),
+    ("disk", "SIZE", "most disk space (8G), where the storage can enforce it"),
+)
+
+
+def _arguments(parser: "argparse.ArgumentParser") -> None:
+    parser.add_argument(
+        "name", metavar="NAME", help="name of the new container: lower-case letters, digits, -"
+    )
+    template = parser.add_argument("--template", metavar="T", help="template to create it from")
+    words(template, "templates")
+    parser.add_argument("--id", metavar="N", type=int, help="number of the container (the first free one)")
+    for limit, metavar, meaning in _LIMITS:
+        parser.add_argument(f"--{limit}", metavar=metavar, help=meaning)
+    parser.add_argument(
+        "--net",
+        metavar="NIC",
+        action="append",
+        default=[],
+        help="a network interface: name=eth0[,bridge=B][,ip=A/N|managed|manual][,gateway=A][,mac=M][,mtu=N]",
+    )
+    key = parser.add_argument(
+        "--ssh-key", metavar="F", action="append", default=[], help="public keys that may log in as root"
+    )
+    words(key, "files")
+    password = parser.add_argument(
+        "--password-file", metavar="F", help="file with root's password (- is stdin)"
+    )
+    words(password, "files")
+    parser.add_argument("--env", metavar="K=V", action="append", default=[], help="environment of the init")
+    parser.add_argument("--tag", metavar="T", action="append", default=[], help="tag, may be repeated")
+    parser.add_argument("--onboot", action="store_true", help="start it when the host starts")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="any other setting, as in `sysctr set`",
+    )
+    parser.add_argument("--start", action="store_true", help="start it at once")
+    task_options(parser)
+
+
+def _create(arguments: "argparse.Namespace", client: "Client") -> int:
+    body = request(arguments)
+    submitted = submit(
+        [Selected(arguments.name, arguments.name)], lambda _: client.post(path("containers"), body)
+    )
+    verb = "created and started" if arguments.start else "created"
+
+    def done(one: Submitted) -> str:
+        number = (one.task or {}).get("container")
+        return f"{verb} {number} ({one.label})" if number is not None else f"{verb} {one.label}"
+
+    return finish(client, submitted, arguments, done, single=True)
+
+
+def request(arguments: "argparse.Namespace") -> "dict[str, Any]":
+    """Return the body of the API's request for these arguments."""
+    settings = dict(assignment(text, "--set") for text in arguments.set)
+    for limit, _, _ in _LIMITS:
+        if (value := getattr(arguments, limit)) is not None:
+            settings[f"limits.{limit}"] = value
+    body: dict[str, Any] = {
+        "name": arguments.name,
+        "set": settings,
+        "ssh_keys": [key for name in arguments.ssh_key for key in read_keys(name)],
+        "environment": dict(assignment(text, "--env") for text in arguments.env),
+        "tags": arguments.tag,
+        "nets": [nic(text) for text in arguments.net],
+        "onboot": arguments.onboot,
+        "start": arguments.start,
+    }
+    if arguments.template is not None:
+        body["template"] = arguments.template
+    if arguments.id is not None:
+        body["id"] = arguments.id
+    if arguments.password_file is not None:
+        body["password"] = read_secret(arguments.password_file)
+    return body
+
+
+def nic(text: str) -> "dict[str, str]":
+    """Read the properties of one network interface; what they may be, the daemon knows.
+
+    >>> nic("name=eth0,ip=10.0.0.2/24")
+    {'name': 'eth0', 'ip': '10.0.0.2/24'}
+    """
+    properties: dict[str, str] = {}
+    for item in text.split(","):
+        key, value = assignment(item, "--net")
+        if key in properties:
+            raise errors.UsageError(f"cannot use --net {text}: {key} is given twice")
+        properties[key] = value
+    return properties
+
+
+def read_keys(name: str) -> "list[str]":
+    """Return the public keys of an ssh key file, one for each line that is not empty or a comment."""
+    try:
+        with open(name, encoding="utf-8") as source:
+            lines = [line.strip() for line in source]
+    except OSError as error:
+        raise errors.UsageError(f"cannot read the ssh key {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise errors.UsageError(f"cannot read the ssh key {name}: it is not text") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if any("PRIVATE KEY" in key for key in keys):
+        raise errors.UsageError(f"cannot use the ssh key {name}: it is a private key", f"give {name}.pub")
+    if not keys:
+        raise errors.UsageError(f"cannot use the ssh key {name}: no key is in it")
+    return keys
+
+
+COMMANDS = {
+    "create": Command(
+        _arguments,
+        _create,
+        examples=(
+            "sysctr create demo --template debian-12 --start",
+            "sysctr create web --template debian-12 --id 120 --memory 1G --cores 2 \\",
+            "    --net name=eth0,ip=managed --ssh-key ~/.ssh/id_ed25519.pub --tag prod --onboot",
+        ),
+    ),
+}

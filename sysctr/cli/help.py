@@ -1,0 +1,145 @@
+"""Help and shell completion: the only commands that build the parsers of all others."""
+
+import argparse
+import sys
+
+from sysctr import cli, errors
+from sysctr.cli.command import Command, Parser, build_parser, words
+from sysctr.client import field, path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sysctr.client import Client
+
+_GROUPS = (
+    ("daily", "every day"),
+    ("look", "look"),
+    ("change", "change"),
+    ("host", "this host"),
+    ("help", "help"),
+)
+_SHELLS = ("bash", "zsh", "fish")
+_KINDS = ("containers", "templates", "tasks")
+
+
+def overview(groups: "tuple[str, ...]") -> str:
+    """Return the commands of these groups with what each does."""
+    lines = ["usage: sysctr COMMAND [options]"]
+    for group, title in _GROUPS:
+        if group not in groups:
+            continue
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:<16} {summary}" for name, (_, of, summary) in cli.COMMANDS.items() if of == group]
+    return "\n".join(lines)
+
+
+def print_short() -> None:
+    """Print what `sysctr` alone shows: the daily commands, and where the others are."""
+    print(overview(("daily",)))
+    print("\n`sysctr help` lists all commands, `sysctr COMMAND --help` shows options and examples")
+
+
+def _help_arguments(parser: argparse.ArgumentParser) -> None:
+    action = parser.add_argument("words", metavar="COMMAND", nargs="*", help="a command; none lists them all")
+    words(action, "commands")
+
+
+def _help(arguments: argparse.Namespace, client: "Client") -> None:
+    name = " ".join(arguments.words)
+    if not name:
+        print(overview(tuple(group for group, _ in _GROUPS)))
+        print("\n`sysctr COMMAND --help` shows options, examples and exit codes")
+    elif name in cli.FAMILIES:
+        print(f"usage: sysctr {name} COMMAND [options]\n")
+        for known, (_, _, summary) in cli.COMMANDS.items():
+            if known.startswith(f"{name} "):
+                print(f"  {known:<16} {summary}")
+    elif name in cli.COMMANDS:
+        build_parser(name, cli.COMMANDS[name][2], cli.load(name)).print_help()
+    else:
+        raise cli.unknown(arguments.words[0], arguments.words[1:])
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=_SHELLS, help="the shell that will read the script")
+
+
+def _completion(arguments: argparse.Namespace, client: "Client") -> None:
+    try:
+        import shtab
+    except ImportError as error:
+        raise errors.SysctrError(
+            "cannot make a completion script: the Python package shtab is missing", "install it with pip"
+        ) from error
+    parser = whole_parser()
+    _mark(parser, shtab)
+    sys.stdout.write(shtab.complete(parser, shell=arguments.shell))
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """Return one parser of all commands, for completion and for manual pages."""
+    whole = Parser(prog="sysctr", description="System containers.")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
+    families = {}
+    for family in cli.FAMILIES:
+        parser = commands.add_parser(family, help=f"the commands of {family}", add_help=True)
+        families[family] = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
+    for name, (_, _, summary) in cli.COMMANDS.items():
+        if name.startswith("_"):
+            continue
+        family, _, below = name.rpartition(" ")
+        command = cli.load(name)
+        made = build_parser(name, summary, command)
+        (families[family] if family else commands).add_parser(
+            below,
+            help=summary,
+            parents=[made],
+            add_help=False,
+            prog=made.prog,
+            usage=made.usage,
+            description=made.description,
+            epilog=made.epilog,
+            formatter_class=made.formatter_class,
+        )
+    return whole
+
+
+def _mark(parser: argparse.ArgumentParser, shtab) -> None:  # type: ignore[no-untyped-def]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                _mark(below, shtab)
+        kind = getattr(action, "complete_words", "")
+        if kind == "files":
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif kind:
+            action.complete = shtab.cmd(f"sysctr _words {kind} 2>/dev/null")  # type: ignore[attr-defined]
+
+
+def _words_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", choices=(*_KINDS, "commands"))
+
+
+def _words(arguments: argparse.Namespace, client: "Client") -> None:
+    if arguments.kind == "commands":
+        print("\n".join(dict.fromkeys(name.split(" ")[0] for name in cli.COMMANDS if name[0] != "_")))
+        return
+    # A press of the tab key starts no daemon.
+    client.start = False
+    found = field(client.get(path(arguments.kind), timeout_s=2.0), arguments.kind)
+    for one in found:
+        print(one["id"] if arguments.kind == "tasks" else one["name"])
+
+
+COMMANDS = {
+    "help": Command(_help_arguments, _help, examples=("sysctr help", "sysctr help create")),
+    "completion": Command(
+        _completion_arguments,
+        _completion,
+        examples=(
+            "sysctr completion bash > /etc/bash_completion.d/sysctr",
+            "sysctr completion zsh > /usr/share/zsh/vendor-completions/_sysctr",
+        ),
+    ),
+    "_words": Command(_words_arguments, _words, examples=("sysctr _words containers",)),
+}
