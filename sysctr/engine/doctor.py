@@ -33,6 +33,8 @@ OPTIONAL_TOOLS = {
     "mmdebstrap": ("mmdebstrap", "templates of Debian and Ubuntu cannot be built"),
     "busybox": ("busybox-static", "the tiny template cannot be made"),
 }
+# What sysctr.runtime.probe says of what came after a failure; that module is run, not imported.
+NOT_TRIED = "not tried"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -124,7 +126,8 @@ def check_probe(facts: Mapping[str, str], where: str) -> list[Check]:
     """Judge what sysctr.runtime.probe tried; an empty reason means that it works."""
     hints = {
         "userns": (
-            "user namespace with a map", "the container sysctr runs in must allow user namespaces (nesting)"
+            "user namespace with a map",
+            "run sysctr on the host: not in a chroot, nor in a container without nesting",
         ),
         "idmap": (
             f"idmapped mount on {where}", "use a file system that has them: ext4, xfs, btrfs, or tmpfs"
@@ -138,8 +141,13 @@ def check_probe(facts: Mapping[str, str], where: str) -> list[Check]:
     }  # fmt: skip
     checks = []
     for fact, (name, hint) in hints.items():
-        reason = facts.get(fact, "not tried")
-        checks.append(fail(name, reason, hint) if reason else ok(name, "tried, works"))
+        reason = facts.get(fact)
+        if reason == "":
+            checks.append(ok(name, "tried, works"))
+        elif reason is None or reason == NOT_TRIED:
+            checks.append(fail(name, "not tried", "mend what failed before it"))
+        else:
+            checks.append(fail(name, reason, hint))
     return checks
 
 

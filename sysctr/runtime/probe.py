@@ -54,7 +54,7 @@ def _in_child(probe, names: tuple[str, ...]) -> dict[str, str]:
         answer = pipe.read()
     os.waitpid(pid, 0)
     found = json.loads(answer) if answer else {}
-    return {name: found.get(name, "not tried, an earlier step failed") for name in names}
+    return {name: found.get(name, "not tried") for name in names}
 
 
 def _file_systems(directory: str) -> dict[str, str]:
