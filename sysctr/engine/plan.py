@@ -194,12 +194,14 @@ def init_environment(facts: ContainerFacts) -> "dict[str, str]":
     return {**environment, **facts.environment}
 
 
-def volume_job_plan(root: RootSpec, idmap: Idmap, stage: str, program: dict) -> dict:
+def volume_job_plan(container_id: int, root: RootSpec, idmap: Idmap, stage: str, program: dict) -> dict:
     """Return the plan of a job whose root is a stopped container's own, for work on its files.
 
-    The program is a builtin: nothing of the container is executed.
+    The program is a builtin: nothing of the container is executed. `container` lets the supervisor see that
+    no upper is mounted twice.
     """
     return {
+        "container": container_id,
         "uid_map": idmap.as_map(), "gid_map": idmap.as_map(), "stage": stage, "network": True,
         "trees": root_trees(root), "sources": [],
         "prepare": [steps.to_json(step) for step in (*root_steps(root), steps.PivotRoot(shared=False))],

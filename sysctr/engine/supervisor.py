@@ -1,6 +1,5 @@
 """The daemon's way to its supervisor: each call is one conversation, safe from any thread."""
 
-import contextlib
 import os
 import select
 import socket
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sysctr import errors
-from sysctr.linux.process import start_time
 from sysctr.paths import Layout
 from sysctr.runtime import wire
 
@@ -174,18 +172,13 @@ class SupervisorClient:
         with self._connect() as connection:
             connection.settimeout(None)
             wire.send(connection, {"op": "job", "plan": plan}, stdio)
-            poll = select.poll()
-            poll.register(connection.fileno(), select.POLLIN)
-            while True:
-                if check is not None:
-                    check()
-                if not poll.poll(200):
-                    continue
-                answer = wire.receive_plain(connection)
-                if "error" in answer:
-                    raise errors.from_dict(answer["error"])
-                if "exit" in answer:
-                    return answer["exit"]
+            return _await_exit(connection, check)
+
+    def use_ticket(self, ticket: str, check: Callable[[], None] | None = None) -> None:
+        """Redeem a ticket for work without streams and wait for its end; raises SysctrError if it failed."""
+        with wire.connect(self._where.ticket_socket, _ANSWER_S) as connection:
+            wire.send(connection, {"ticket": ticket})
+            _await_exit(connection, check)
 
     def subscribe(self) -> socket.socket:
         """Return a connection on which the supervisor sends its events; read it with wire.receive_plain."""
@@ -223,18 +216,29 @@ class SupervisorClient:
         return answer
 
 
+def _await_exit(connection: socket.socket, check: Callable[[], None] | None) -> int:
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    while True:
+        if check is not None:
+            check()
+        if not poll.poll(200):
+            continue
+        try:
+            answer = wire.receive_plain(connection)
+        except wire.WireError as error:
+            raise errors.SysctrError("the supervisor died while it worked", "try again") from error
+        if "error" in answer:
+            raise errors.from_dict(answer["error"])
+        if "exit" in answer:
+            return answer["exit"]
+
+
 def _supervised(container_id: int, state: dict) -> Supervised:
     return Supervised(
         container_id, state["pid"], state["start_time"], state["started"], state["running"], state["ready"],
         state["exit"], state["console"],
     )  # fmt: skip
-
-
-def is_alive(pid: int, started_at: int) -> bool:
-    """Return whether the process that started at that tick still runs under this pid."""
-    with contextlib.suppress(OSError):
-        return start_time(pid) == started_at
-    return False
 
 
 def _spawn_keeper(where: Layout) -> None:

@@ -18,6 +18,7 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+CLONE_INTO_CGROUP = 0x200000000
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -48,8 +49,10 @@ def prctl(option: int, argument: int = 0, second: int = 0) -> int:
     return check(_prctl(option, argument, second, 0, 0), "prctl")
 
 
-def clone(flags: int) -> tuple[int, int]:
+def clone(flags: int, cgroup_fd: int = -1) -> tuple[int, int]:
     """Fork with clone3 and return (pid, pidfd); in the child (0, -1).
+
+    With `cgroup_fd`, a directory of cgroup2, the child is born in that cgroup.
 
     Only a single-threaded process may call this. The three PyOS calls are what os.fork itself does around
     fork(); without the parent's and the first one Python 3.13 crashes in the child.
@@ -58,8 +61,11 @@ def clone(flags: int) -> tuple[int, int]:
     # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
     # set_tid_size, cgroup. With CLONE_PARENT the exit signal is the caller's own and must be 0.
     exit_signal = 0 if flags & CLONE_PARENT else signal.SIGCHLD
+    if cgroup_fd >= 0:
+        flags |= CLONE_INTO_CGROUP
     arguments = struct.pack(
-        "=11Q", flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, 0, 0, 0, 0, 0, 0
+        "=11Q", flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, 0, 0, 0, 0, 0,
+        max(cgroup_fd, 0),
     )
     buffer = ctypes.create_string_buffer(arguments, len(arguments))
     api = ctypes.pythonapi

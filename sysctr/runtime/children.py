@@ -118,7 +118,7 @@ def clone_for_plan(plan: dict, stdio: "list[int]") -> "tuple[int, int, socket.so
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if stdio:
         plan = {**plan, "stdio": stdio}
-    pid, pidfd = process.clone(_NAMESPACES)
+    pid, pidfd = _clone_into(_NAMESPACES, plan)
     if pid == 0:
         child.run_plan(theirs, plan)
     theirs.close()
@@ -146,11 +146,23 @@ def clone_for_plan(plan: dict, stdio: "list[int]") -> "tuple[int, int, socket.so
 def clone_to_join(pidfd: int, request: dict, stdio: "list[int]") -> "tuple[int, int, socket.socket]":
     """Fork a child that enters the container of `pidfd`; return pid, pidfd and socket."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid, child_fd = process.clone(0)
+    pid, child_fd = _clone_into(0, request)
     if pid == 0:
         child.join_container(theirs, pidfd, request, stdio)
     theirs.close()
     return pid, child_fd, ours
+
+
+def _clone_into(flags: int, request: dict) -> "tuple[int, int]":
+    """Clone into the cgroup2 directory request["cgroup"]["into"], which costs no grace period."""
+    into = request.get("cgroup", {}).get("into")
+    if not into:
+        return process.clone(flags)
+    cgroup_fd = os.open(into, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return process.clone(flags, cgroup_fd)
+    finally:
+        os.close(cgroup_fd)
 
 
 def _write_maps(pid: int, uid_map: "list[list[int]]", gid_map: "list[list[int]]") -> None:

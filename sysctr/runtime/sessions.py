@@ -41,11 +41,11 @@ class Session:
         self._failure: dict | None = None
         self._hangup_signal = _SIGHUP
         self._exec_seen = False
-        self.container_id: int | None = None
+        # The stopped container whose upper this job has mounted.
+        self.volume_of: int | None = None
 
-    def join(self, container_id: int, pidfd: int, request: dict) -> None:
+    def join(self, pidfd: int, request: dict) -> None:
         """Run the request's program inside the container of `pidfd`."""
-        self.container_id = container_id
         ours = self._make_pipes(request)
         try:
             self._adopt(clone_to_join(pidfd, request, ours))
@@ -54,6 +54,7 @@ class Session:
 
     def run_plan(self, plan: dict, stdio: "list[int]", request: "dict | None" = None) -> None:
         """Run a job: a plan in new namespaces, with the given stdio or with pipes for the caller."""
+        self.volume_of = plan.get("container")
         if not stdio:
             stdio = self._make_pipes(request or {})
         else:

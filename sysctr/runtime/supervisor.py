@@ -139,12 +139,12 @@ class Supervisor:
             container_id = message["id"]
             if container_id in self.creations:
                 raise Busy(f"cannot start {container_id}: it is being started already")
-            container = self.containers.get(container_id)
-            if container and container.running:
-                raise WrongState(f"cannot start {container_id}: it is running")
+            self.refuse_second_mount(container_id, "start")
             # From here on the conversation owns the connection.
             self.creations[container_id] = Creation(self, connection, container_id, message["plan"])
         elif operation == "job":
+            if "container" in message["plan"]:
+                self.refuse_second_mount(message["plan"]["container"], "work on the files of")
             stdio, fds[:] = list(fds), []
             self._start_session(connection, lambda session: session.run_plan(message["plan"], stdio))
         elif operation == "ticket":
@@ -176,6 +176,16 @@ class Supervisor:
             self._quit(connection)
         else:
             raise UsageError(f"unknown operation {operation!r}", "daemon and supervisor differ in version")
+
+    def refuse_second_mount(self, container_id: int, verb: str) -> None:
+        """Raise if a container's upper is in use: the kernel only warns of a second overlay on it."""
+        container = self.containers.get(container_id)
+        if (container and container.running) or container_id in self.creations:
+            raise WrongState(f"cannot {verb} {container_id}: it is running")
+        if any(session.volume_of == container_id for session in self._sessions):
+            raise Busy(
+                f"cannot {verb} {container_id}: its files are being worked on", "try again in a moment"
+            )
 
     def _status(self) -> dict:
         return {
@@ -209,13 +219,12 @@ class Supervisor:
         if request["kind"] == "console":
             self._attach_console(connection, self._container(request["id"]), request)
         elif request.get("plan"):
+            self.refuse_second_mount(request["plan"]["container"], "work on the files of")
             streams = {"streams": request["streams"]}
             self._start_session(connection, lambda session: session.run_plan(request["plan"], [], streams))
         else:
             container = self._container(request["id"])
-            self._start_session(
-                connection, lambda session: session.join(container.id, container.pidfd, request["request"])
-            )
+            self._start_session(connection, lambda session: session.join(container.pidfd, request["request"]))
 
     def _start_session(self, connection: socket.socket, start) -> None:
         self.loop.forget(connection.fileno())

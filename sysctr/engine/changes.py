@@ -1,0 +1,78 @@
+"""Changes of a container's configuration: checked whole, applied where they can be, kept in its file."""
+
+import dataclasses
+
+from sysctr.cgroup.base import check_enforceable
+from sysctr.config import schema, toml
+from sysctr.engine.host import Host
+from sysctr.engine.lifecycle import limits_of
+from sysctr.engine.record import Record
+from sysctr.errors import ConfigError, Refused
+
+
+class Changes:
+    """Shows and changes configurations."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def show(self, record: Record) -> dict:
+        """Return the file's text, its values, its digest, and what waits for a restart."""
+        return {
+            "toml": record.config_text,
+            "config": schema.dump_config(record.config) if record.config else None,
+            "pending": self.pending(record),
+            "digest": record.digest,
+            "error": record.error,
+        }
+
+    def apply(self, record: Record, changes: dict) -> dict:
+        """Set and unset keys; comments and order of the file stay."""
+        text = toml.edit(record.config_text, schema.plain_changes(changes))
+        return self.replace(record, text, record.digest)
+
+    def rename(self, record: Record, name: str) -> dict:
+        """Give the container another name."""
+        return self.apply(record, {"name": name})
+
+    def replace(self, record: Record, text: str, digest: str) -> dict:
+        """Take `text` as the whole configuration, apply what can be applied, and say what waits."""
+        host = self._host
+        with host.tasks.hold(record.id, "configure", timeout_s=5):
+            new = schema.parse_config(toml.read_container(text))
+            old = record.config
+            if old is not None:
+                schema.refuse_fixed(old, new)
+            draft = dataclasses.replace(record, config=new, config_text=text)
+            if new.limits.disk_bytes is not None and not host.storage.traits.enforces_size:
+                raise Refused(
+                    f"cannot limit the disk of {record.id}: this storage cannot enforce a size",
+                    "leave limits.disk out",
+                )
+            check_enforceable(record.id, limits_of(draft), host.cgroups.available)
+            changed = schema.TABLE.changed(old, new) if old is not None else ()
+            running = host.live.running(record.id)
+            if running and any(key.startswith("limits.") for key in changed):
+                host.cgroups.set_limits(record.id, limits_of(draft))
+            saved = host.store.save_config(record.id, text, digest)
+        if old is None or old.name != new.name:
+            host.register_name(saved)
+        host.bus.publish("container", id=record.id, change="configured", keys=list(changed))
+        pending = self.pending(saved)
+        return {
+            "applied": [key for key in changed if key not in pending],
+            "pending": pending,
+            "digest": saved.digest,
+        }
+
+    def pending(self, record: Record) -> "list[str]":
+        """Return the keys that differ from what the container was started with and wait for a restart."""
+        if record.config is None or not record.boot_config or not self._host.live.running(record.id):
+            return []
+        if record.boot_config == record.config_text:
+            return []
+        try:
+            booted = schema.parse_config(toml.read_container(record.boot_config))
+        except ConfigError:
+            return []
+        return list(schema.diff_live(booted, record.config)[1])

@@ -1,0 +1,135 @@
+"""Creating and destroying containers: one is there completely, or nothing of it is."""
+
+import logging
+from contextlib import ExitStack
+
+from sysctr.cgroup.base import check_enforceable
+from sysctr.config import host as host_settings
+from sysctr.config import schema, toml, values
+from sysctr.engine import guest
+from sysctr.engine.host import Host
+from sysctr.engine.lifecycle import Lifecycle, limits_of
+from sysctr.engine.record import Record, new_record
+from sysctr.engine.tasks import Task
+from sysctr.errors import Refused, UsageError, WrongState
+from sysctr.network.network import random_mac
+
+log = logging.getLogger(__name__)
+
+
+class Creation:
+    """Makes and unmakes containers."""
+
+    def __init__(self, host: Host, lifecycle: Lifecycle) -> None:
+        self._host = host
+        self._lifecycle = lifecycle
+
+    def check(self, spec: dict) -> dict:
+        """Return the changes a creation request means, checked; raises before anything is made."""
+        host = self._host
+        changes: dict = dict(host_settings.creation_changes(host.settings))
+        changes |= schema.plain_changes(spec.get("set") or {})
+        template = spec.get("template") or changes.get("template")
+        if not template:
+            raise UsageError(
+                f"cannot create {spec['name']}: no template is named", "`sysctr template list` shows them"
+            )
+        changes |= schema.plain_changes(
+            {f"environment.{key}": value for key, value in (spec.get("environment") or {}).items()}
+        )
+        nets = spec.get("nets")
+        for index, net in enumerate(nets if nets is not None else [{"name": "eth0"}]):
+            changes |= schema.plain_changes({f"net.{index}": net})
+        changes |= {"name": values.parse_name(spec["name"]), "template": template}
+        if spec.get("tags"):
+            changes |= schema.plain_changes({"tags": spec["tags"]})
+        if spec.get("onboot"):
+            changes["onboot"] = True
+        for key in spec.get("ssh_keys") or ():
+            guest.check_ssh_key(key)
+        return changes
+
+    def create(self, task: Task, spec: dict, changes: dict, number: int) -> dict:
+        """Create the container whose number and name are reserved already, and start it where asked."""
+        host = self._host
+        with ExitStack() as undo:
+            undo.callback(host.store.release, number)
+            template = host.templates.get(changes["template"])
+            idmap = host.store.allocate_ids(number)
+            text = self._config_text(changes)
+            record = new_record(number, text, idmap, template=template.name)
+            self._refuse_unenforceable(record)
+            host.storage.create(record.volume, (template.layer,))
+            undo.callback(host.storage.destroy, record.volume)
+            undo.callback(host.network.release, number)
+            host.network.ensure()
+            for nic in record.config.nets:
+                # Now, so that a taken address is told before anything runs.
+                if nic.ip != "manual" and nic.bridge in ("", host.network.bridge):
+                    host.network.allocate(number, nic.index, None if nic.ip == "managed" else nic.ip)
+            password = spec.get("password")
+            hashed = guest.hash_password(password) if password else None
+            work = guest.login_setup(spec.get("ssh_keys") or (), hashed)
+            if work is not None:
+                task.step("setting up logins")
+                spec_of_root = host.storage.mount_spec(record.volume)
+                host.jobs_for(record).run_builtin(number, spec_of_root, work, task)
+            task.check()
+            host.store.create(record)
+            undo.pop_all()
+        host.register_name(record)
+        host.bus.publish("container", id=number, change="created")
+        if spec.get("start"):
+            task.step("starting")
+            self._lifecycle.start(task, number)
+        return {"id": number, "name": record.config.name}
+
+    def destroy(self, task: Task, number: int, *, force: bool = False) -> None:
+        """Remove a container with all it has; works for a damaged one and on a full disk too."""
+        host = self._host
+        record = host.store.load(number)
+        self.refuse_protected(record, "destroy")
+        if host.live.running(number):
+            if not force:
+                raise WrongState(
+                    f"cannot destroy {number}: it is running", "stop it first, or destroy it with --force"
+                )
+            self._lifecycle.stop(task, number, kill=True)
+        live = host.live.get(number)
+        if live is not None:
+            host.live.wait_settled(number, 30)
+        self._lifecycle.quietly(host.cgroups.destroy, number)
+        self._lifecycle.quietly(host.network.detach, number)
+        host.storage.destroy(record.volume or str(number))
+        self._lifecycle.quietly(host.network.release, number)
+        # The ids are free again only now that no file of theirs can be reached.
+        host.store.delete(number)
+        host.live.forget(number)
+        self._lifecycle.quietly(host.supervisor.forget, number)
+        self._lifecycle.quietly(host.forget_console, number)
+        host.bus.publish("container", id=number, change="destroyed")
+        host.collect_soon()
+
+    def refuse_protected(self, record: Record, verb: str) -> None:
+        """Raise Refused for a container that its administrator protects."""
+        if record.config is not None and record.config.protected:
+            raise Refused(
+                f"cannot {verb} {record.id}: it is protected", f"`sysctr protect {record.id} --off` first"
+            )
+
+    def _config_text(self, changes: dict) -> str:
+        draft = toml.edit(f"schema = {schema.SCHEMA}\n", changes)
+        config = schema.parse_config(toml.read_container(draft))
+        macs = {f"net.{nic.index}.mac": random_mac() for nic in config.nets if not nic.mac}
+        if macs:
+            config = schema.parse_config(toml.read_container(toml.edit(draft, macs)))
+        return toml.new_text(config)
+
+    def _refuse_unenforceable(self, record: Record) -> None:
+        host = self._host
+        if record.config.limits.disk_bytes is not None and not host.storage.traits.enforces_size:
+            raise Refused(
+                f"cannot limit the disk of {record.config.name}: this storage cannot enforce a size",
+                "leave --disk out",
+            )
+        check_enforceable(record.id, limits_of(record), host.cgroups.available)

@@ -1,0 +1,334 @@
+"""The engine's face: what the API offers, each a method; what takes longer than a moment returns a task."""
+
+import logging
+import os
+import platform
+import re
+import shutil
+import time
+
+from sysctr import __version__
+from sysctr.engine import guest
+from sysctr.engine.changes import Changes
+from sysctr.engine.creation import Creation
+from sysctr.engine.doors import Doors
+from sysctr.engine.events import Bus
+from sysctr.engine.host import Host
+from sysctr.engine.lifecycle import Lifecycle
+from sysctr.engine.live import Live
+from sysctr.engine.record import Record
+from sysctr.engine.tasks import Task, TaskRunner
+from sysctr.engine.view import View
+from sysctr.errors import NotFound, SysctrError, UsageError, WrongState
+from sysctr.paths import Layout
+from sysctr.template.archive import import_archive
+from sysctr.template.base import check_name
+from sysctr.template.build import build_template
+from sysctr.template.recipe import load as load_recipe
+
+log = logging.getLogger(__name__)
+
+_WAIT_LIMIT_S = 600.0
+
+
+class Engine:
+    """One installation. Opened once by the daemon; every method may be called from any thread."""
+
+    def __init__(self, where: Layout, bus: Bus, tasks: TaskRunner) -> None:
+        self.where = where
+        self.bus = bus
+        self.tasks = tasks
+        self._host = Host(where, bus, tasks, self._on_exit)
+        self._lifecycle = Lifecycle(self._host)
+        self._creation = Creation(self._host, self._lifecycle)
+        self._view = View(self._host)
+        self._doors = Doors(self._host)
+        self._changes = Changes(self._host)
+
+    def open(self) -> None:
+        """Take up work: finish or undo what a crash left, then adopt what runs."""
+        host = self._host
+        host.templates.sweep()
+        host.storage.sweep()
+        for stale in host.store.stale_reservations():
+            log.info("%d: taking back what was left of %s", stale.id, stale.name)
+            host.storage.destroy(str(stale.id))
+            host.network.release(stale.id)
+            host.store.release(stale.id)
+        host.open()
+        known = {record.id for record in host.store.list()}
+        host.network.ensure()
+        host.network.sweep({number for number in host.live.ids() if host.live.running(number)})
+        for number in host.cgroups.list_ids():
+            if number not in known or not host.live.running(number):
+                self._lifecycle.quietly(host.cgroups.destroy, number)
+
+    def close(self) -> None:
+        """Let go; containers run on."""
+        self._host.close()
+
+    def reload(self) -> None:
+        """Read the host's settings again."""
+        self._host.reload()
+
+    # Looking
+
+    def list(self, tag: str | None = None) -> "list[dict]":
+        """Return every container in short, by number."""
+        return self._view.list(tag)
+
+    def info(self, ref: str) -> dict:
+        """Return all that is known of one container."""
+        return self._view.info(self._find(ref))
+
+    def usage(self, ref: str) -> dict:
+        """Return what a running container uses now."""
+        return self._view.usage(self._find(ref))
+
+    def logs(self, ref: str, kind: str = "console") -> bytes:
+        """Return what a container's console showed last."""
+        if kind != "console":
+            raise UsageError(f"cannot show the log {kind!r}: there is only the console's")
+        return self._host.read_console(self._find(ref).id)
+
+    def wait(self, ref: str, state: str, timeout_s: float) -> dict:
+        """Wait until a container is running, stopped, frozen or booted; `reached` says whether it is."""
+        number = self._find(ref).id
+        facts = {
+            "running": lambda live: live is not None and live.running,
+            "stopped": lambda live: live is None or (not live.running and live.settled),
+            "frozen": lambda live: live is not None and live.frozen,
+            "booted": lambda live: live is not None and live.running and live.ready,
+        }
+        if state not in facts:
+            raise UsageError(f"cannot wait for {state!r}: choose one of {', '.join(facts)}")
+        reached = self._host.live.wait(number, facts[state], min(timeout_s, _WAIT_LIMIT_S))
+        return {"reached": reached, "container": self._view.short(self._find(str(number)))}
+
+    def host(self) -> dict:
+        """Return facts about this host."""
+        disk = shutil.disk_usage(self.where.lib)
+        memory = {}
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key in ("MemTotal", "MemAvailable"):
+                    memory[key] = int(value.split()[0]) * 1024
+        return {
+            "name": os.uname().nodename, "version": __version__, "kernel": platform.release(),
+            "arch": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
+            "memory_bytes": memory.get("MemTotal"), "memory_available_bytes": memory.get("MemAvailable"),
+            "disk_bytes": disk.total, "disk_free_bytes": disk.free, "root": self.where.root,
+            "limits": sorted(self._host.cgroups.available), "bridge": self._host.network.bridge,
+            "containers": len(self._host.store.list()),
+        }  # fmt: skip
+
+    def supervisor(self) -> dict:
+        """Return version, pid and counts of the supervisor."""
+        return self._host.supervisor.hello()
+
+    def upgrade_supervisor(self) -> dict:
+        """Let the supervisor execute the code that is on disk now; containers do not notice."""
+        self._host.supervisor.upgrade()
+        deadline = time.monotonic() + 10
+        before = time.time()
+        while True:
+            try:
+                return self._host.supervisor.ensure()
+            except SysctrError:
+                if time.monotonic() > deadline or time.time() < before:
+                    raise
+
+    def doctor(self) -> "list[dict]":
+        """Check the host and say how to mend what is wrong."""
+        return self._view.doctor()
+
+    # Doing
+
+    def create(self, spec: dict) -> Task:
+        """Create a container, and start it where asked."""
+        changes = self._creation.check(spec)
+        self._host.templates.get(changes["template"])
+        number = self._host.store.reserve(changes["name"], spec.get("id"))
+
+        def run(task: Task) -> dict:
+            return self._creation.create(task, spec, changes, number)
+
+        try:
+            return self.tasks.submit("create", number, run)
+        except BaseException:
+            self._host.store.release(number)
+            raise
+
+    def start(self, ref: str) -> Task:
+        """Start a container."""
+        number = self._stopped(ref, "start")
+        return self.tasks.submit("start", number, lambda task: self._lifecycle.start(task, number))
+
+    def stop(self, ref: str, *, timeout_s: float | None = None, kill: bool = False) -> Task:
+        """Stop a container: ask its init, and kill at the time-out, or at once."""
+        number = self._running(ref, "stop")
+        return self.tasks.submit(
+            "stop", number, lambda task: self._lifecycle.stop(task, number, timeout_s, kill=kill)
+        )
+
+    def shutdown(self, ref: str, *, timeout_s: float | None = None) -> Task:
+        """Ask a container's init to end; on time-out it runs on."""
+        number = self._running(ref, "shut down")
+        return self.tasks.submit(
+            "shutdown", number, lambda task: self._lifecycle.shutdown(task, number, timeout_s)
+        )
+
+    def reboot(self, ref: str, *, timeout_s: float | None = None) -> Task:
+        """Stop a container and start it again."""
+        number = self._running(ref, "reboot")
+        return self.tasks.submit(
+            "reboot", number, lambda task: self._lifecycle.reboot(task, number, timeout_s)
+        )
+
+    def freeze(self, ref: str) -> Task:
+        """Stop every process of a container where it stands."""
+        number = self._running(ref, "freeze")
+        return self.tasks.submit("freeze", number, lambda _task: self._lifecycle.freeze(number))
+
+    def thaw(self, ref: str) -> Task:
+        """Let a frozen container go on."""
+        number = self._running(ref, "thaw")
+        return self.tasks.submit("thaw", number, lambda _task: self._lifecycle.thaw(number))
+
+    def destroy(self, ref: str, *, force: bool = False) -> Task:
+        """Remove a container with all it has."""
+        record = self._find(ref)
+        self._creation.refuse_protected(record, "destroy")
+        if self._host.live.running(record.id) and not force:
+            raise WrongState(
+                f"cannot destroy {record.id}: it is running", "stop it first, or destroy it with --force"
+            )
+        return self.tasks.submit(
+            "destroy", record.id, lambda task: self._creation.destroy(task, record.id, force=force)
+        )
+
+    def passwd(self, ref: str, user: str, password: str) -> Task:
+        """Set a user's password inside a container, running or stopped."""
+        record = self._find(ref)
+        work = {"builtin": "setup", "passwords": {user: guest.hash_password(password)}}
+        return self.tasks.submit(
+            "passwd", record.id, lambda task: self._doors.run_builtin(record, work, task)
+        )
+
+    # Configuration
+
+    def rename(self, ref: str, name: str) -> dict:
+        """Give a container another name; its host name follows at the next start."""
+        return self._changes.rename(self._find(ref), name)
+
+    def protect(self, ref: str, protected: bool) -> dict:
+        """Protect a container from being destroyed, or no longer."""
+        return self._changes.apply(self._find(ref), {"protected": protected})
+
+    def config(self, ref: str) -> dict:
+        """Return a container's configuration as text and values, and what waits for a restart."""
+        return self._changes.show(self._find(ref))
+
+    def set_config(self, ref: str, changes: dict) -> dict:
+        """Change keys; returns what holds at once and what waits for a restart."""
+        return self._changes.apply(self._find(ref), changes)
+
+    def put_config(self, ref: str, text: str, digest: str) -> dict:
+        """Replace the whole file, if it is still the one of `digest`."""
+        return self._changes.replace(self._find(ref), text, digest)
+
+    # Ways in
+
+    def exec_ticket(self, ref: str, request: dict) -> dict:
+        """Return a ticket that runs a program inside a running container."""
+        return self._doors.exec_ticket(self._find(ref), request)
+
+    def console_ticket(self, ref: str) -> dict:
+        """Return a ticket that attaches to a running container's console."""
+        return self._doors.console_ticket(self._find(ref))
+
+    def files_ticket(self, ref: str, request: dict) -> dict:
+        """Return a ticket that moves files in or out as a tar stream, running or stopped."""
+        return self._doors.files_ticket(self._find(ref), request)
+
+    # Templates
+
+    def template_list(self) -> "list[dict]":
+        """Return every template."""
+        return [template.as_dict() for template in self._host.templates.list()]
+
+    def template_show(self, name: str) -> dict:
+        """Return one template and the containers that use it."""
+        template = self._host.templates.get(name)
+        return {**template.as_dict(), "used_by": self._users(name)}
+
+    def template_remove(self, name: str) -> Task:
+        """Remove a template that no container uses."""
+        self._host.templates.get(name)
+        return self.tasks.submit(
+            "template-remove", None,
+            lambda _task: self._host.templates.remove(name, lambda: self._users(name)),
+            subject=f"template {name}",
+        )  # fmt: skip
+
+    def template_build(self, recipe: str, name: str | None = None, settings: dict | None = None) -> Task:
+        """Build a template from a recipe: the name of one that came with sysctr, or a file's path."""
+        parsed = load_recipe(recipe, settings or {})
+        target = name or parsed.name
+
+        def run(task: Task) -> dict:
+            jobs = self._host.jobs_for_templates()
+            template = build_template(
+                self._host.templates, parsed, name=target, run_job=jobs.run_tool, task=task
+            )
+            return {"name": template.name}
+
+        return self.tasks.submit("template-build", None, run, subject=f"template {target}")
+
+    def template_import(self, path: str, name: str | None = None) -> Task:
+        """Make a template of a rootfs tarball on this host."""
+        if not os.path.isfile(path):
+            raise NotFound(f"cannot import {path}: no such file")
+        target = check_name(name or name_from_path(path))
+
+        def run(task: Task) -> dict:
+            jobs = self._host.jobs_for_templates()
+            template = import_archive(self._host.templates, path, target, run_job=jobs.run_tool, task=task)
+            return {"name": template.name}
+
+        return self.tasks.submit("template-import", None, run, subject=f"template {target}")
+
+    # Helpers
+
+    def _users(self, template: str) -> "list[str]":
+        return [record.name for record in self._host.store.list() if record.template == template]
+
+    def _find(self, ref: str) -> Record:
+        return self._host.store.find(ref)
+
+    def _running(self, ref: str, verb: str) -> int:
+        number = self._find(ref).id
+        if not self._host.live.running(number):
+            raise WrongState(f"cannot {verb} {number}: it is not running")
+        return number
+
+    def _stopped(self, ref: str, verb: str) -> int:
+        record = self._find(ref)
+        record.usable(verb)
+        if self._host.live.running(record.id):
+            raise WrongState(f"cannot {verb} {record.id}: it is running")
+        return record.id
+
+    def _on_exit(self, live: Live) -> None:
+        self._lifecycle.on_exit(live)
+
+
+def name_from_path(path: str) -> str:
+    """Return the template's name that a file's name suggests.
+
+    >>> name_from_path("/tmp/Alpine-3.20_x86.tar.gz")
+    'alpine-3.20_x86'
+    """
+    stem = re.sub(r"\.(tar(\.[a-z0-9]+)?|tgz|txz)$", "", os.path.basename(path).lower())
+    return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("-._")

@@ -1,0 +1,183 @@
+"""This host: everything the engine's actions work with, opened once and handed to each of them."""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+from sysctr.cgroup.detect import open_driver
+from sysctr.config import host as host_settings
+from sysctr.config import toml
+from sysctr.engine import lxcfs, seccomp
+from sysctr.engine.events import Bus
+from sysctr.engine.ids import BLOCK, IdRange, default_count
+from sysctr.engine.job import JobRunner
+from sysctr.engine.live import Live, LiveTable
+from sysctr.engine.plan import Idmap
+from sysctr.engine.record import Record
+from sysctr.engine.state import Store
+from sysctr.engine.supervisor import SupervisorClient
+from sysctr.engine.tasks import TaskRunner
+from sysctr.errors import ConfigError, SysctrError
+from sysctr.network.network import Network, Settings
+from sysctr.paths import Layout
+from sysctr.runtime.console import ring_content
+from sysctr.storage.overlay import OverlayDriver
+from sysctr.template.base import Template
+from sysctr.template.registry import Registry
+
+log = logging.getLogger(__name__)
+
+_OS_RELEASE = ("/etc/os-release", "/usr/lib/os-release")
+_SETTINGS_LIMIT_BYTES = 1 << 20
+
+
+class Host:
+    """The parts of an installation, and the few facts about the machine that plans are made of."""
+
+    def __init__(self, where: Layout, bus: Bus, tasks: TaskRunner, on_exit: Callable[[Live], None]) -> None:
+        self.where = where
+        self.bus = bus
+        self.tasks = tasks
+        self.settings = read_settings(where)
+        self.store = Store(where)
+        self.storage = OverlayDriver(where.pool)
+        self.templates = Registry(where)
+        self.cgroups = open_driver(where)
+        self.supervisor = SupervisorClient(where)
+        self.live = LiveTable(self.supervisor, bus, on_exit)
+        network = self.settings.network
+        self.network = Network(
+            where, Settings(bridge=network.bridge, subnet=network.subnet, domain=network.domain)
+        )
+        self.stage = f"{where.run}/stage"
+        self.os_release = _read_os_release()
+        self._seccomp: bytes | None = None
+        self._seccomp_lock = threading.Lock()
+        self._templates: dict[str, Template] = {}
+        self._lxcfs: list[tuple[str, str]] | None = None
+        self._closing = False
+        self._trash_wanted = threading.Event()
+
+    def open(self) -> None:
+        """Make what every container needs of the host, and learn what runs."""
+        ids = self.settings.ids
+        self.store.pool.register(ids.count or default_count(self.where), ids.first)
+        self.storage.prepare()
+        self.templates.prepare()
+        self.supervisor.ensure()
+        self.live.open(self.cgroups.is_frozen)
+        threading.Thread(target=self._collect, name="trash", daemon=True).start()
+        self.collect_soon()
+
+    def close(self) -> None:
+        """Let go of everything; what runs goes on."""
+        self._closing = True
+        self._trash_wanted.set()
+        self.live.close()
+        self.store.close()
+
+    @property
+    def seccomp(self) -> bytes:
+        """The compiled system call filter of a container without features."""
+        with self._seccomp_lock:
+            if self._seccomp is None:
+                self._seccomp = seccomp.compile_filter(frozenset())
+            return self._seccomp
+
+    def lxcfs_binds(self) -> "list[tuple[str, str]]":
+        """Return what lxcfs shows over /proc; nothing, where it is not installed."""
+        if self._lxcfs is None:
+            try:
+                self._lxcfs = list(lxcfs.ensure(self.where))
+            except SysctrError as error:
+                log.warning("containers see the host's cpu and memory: %s", error.message)
+                return []
+        return self._lxcfs
+
+    def reload(self) -> None:
+        """Read the settings again; what needs a restart of the daemon keeps its old value until then."""
+        self.settings = read_settings(self.where)
+
+    def template_of(self, record: Record) -> Template | None:
+        """Return the template a container was made from; None where its record cannot be read."""
+        if record.template not in self._templates:
+            try:
+                self._templates[record.template] = self.templates.get(record.template)
+            except SysctrError as error:
+                log.warning("%d: %s", record.id, error.message)
+                return None
+        return self._templates[record.template]
+
+    def jobs_for(self, record: Record) -> JobRunner:
+        """Return what does work on a container's files."""
+        return self._jobs(Idmap(record.idmap_first, record.idmap_count))
+
+    def jobs_for_templates(self) -> JobRunner:
+        """Return what unpacks and builds templates, with ids no container has: the last block of the pool."""
+        block = reserved_ids(self.store.pool.ranges())
+        return self._jobs(Idmap(block.first, block.count))
+
+    def register_name(self, record: Record) -> None:
+        """Let the names of this host's network say where a container is."""
+        macs = {nic.index: nic.mac for nic in record.config.nets} if record.config else {}
+        self.network.register(record.id, record.name, macs)
+
+    def read_console(self, container_id: int) -> bytes:
+        """Return what a container's console showed last, also after its end."""
+        try:
+            with open(f"{self.where.consoles}/{container_id}.ring", "rb") as ring:
+                return ring_content(ring.read())
+        except FileNotFoundError:
+            return b""
+
+    def forget_console(self, container_id: int) -> None:
+        """Remove what is kept of a destroyed container's console."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.where.consoles}/{container_id}.ring")
+
+    def collect_soon(self) -> None:
+        """Delete the data of destroyed volumes in the background."""
+        self._trash_wanted.set()
+
+    def _collect(self) -> None:
+        while True:
+            self._trash_wanted.wait()
+            self._trash_wanted.clear()
+            if self._closing:
+                return
+            try:
+                self.storage.empty_trash()
+            except (SysctrError, OSError) as error:
+                log.warning("cannot delete what was destroyed: %s", error)
+
+    def _jobs(self, idmap: Idmap) -> JobRunner:
+        return JobRunner(self.supervisor, self.stage, idmap, self.seccomp)
+
+
+def reserved_ids(pool: "tuple[IdRange, ...]") -> IdRange:
+    """Return the block of the pool that no container gets, because templates are built with it."""
+    last = max(pool, key=lambda known: known.first)
+    return IdRange(last.end - BLOCK, BLOCK)
+
+
+def read_settings(where: Layout) -> host_settings.Host:
+    """Return the host's settings; the defaults where the file does not exist."""
+    try:
+        with open(where.host_config, encoding="utf-8") as file:
+            text = file.read(_SETTINGS_LIMIT_BYTES)
+    except FileNotFoundError:
+        return host_settings.parse_host({})
+    try:
+        return host_settings.parse_host(toml.read_versioned(text, host_settings.SCHEMA, ()))
+    except ConfigError as error:
+        raise ConfigError(f"cannot read {where.host_config}: {error.message}", error.hint) from error
+
+
+def _read_os_release() -> str:
+    for path in _OS_RELEASE:
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                return file.read(65536)
+    return ""

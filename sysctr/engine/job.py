@@ -1,0 +1,90 @@
+"""Work on foreign trees, done by short-lived processes with a container's ids and no rights over the host."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from sysctr.engine.plan import Idmap, tool_job_plan, volume_job_plan
+from sysctr.engine.supervisor import SupervisorClient
+from sysctr.errors import SysctrError
+from sysctr.storage.base import RootSpec
+
+_OUTPUT_LIMIT_BYTES = 64 * 1024
+
+
+class Task(Protocol):
+    """The part of a task that a job needs."""
+
+    def check(self) -> None:
+        """Raise if the task is to stop."""
+
+    def log(self, text: str) -> None:
+        """Add a line to the task's log."""
+
+
+class JobRunner:
+    """Runs jobs with one id map: that of a container, or the one kept for templates."""
+
+    def __init__(self, supervisor: SupervisorClient, stage: str, idmap: Idmap, seccomp: bytes) -> None:
+        self._supervisor = supervisor
+        self._stage = stage
+        self.idmap = idmap
+        self._seccomp = seccomp
+
+    def run_tool(
+        self,
+        argv: Sequence[str],
+        *,
+        volume: str,
+        stdin_fd: int | None = None,
+        stdout_fd: int | None = None,
+        network: bool = False,
+        host_view: bool = False,
+        binds: Sequence[tuple[str, str]] = (),
+        environment: Mapping[str, str] | None = None,
+        task: Task | None = None,
+    ) -> int:
+        """Run one of the host's programs on the tree `volume`, seen at /volume, and return its exit status.
+
+        What it says on standard error goes to the task's log.
+        """
+        if host_view:
+            binds = [("/etc", "/etc"), *binds]
+        program = {
+            "argv": list(argv), "environment": {"HOME": "/root", "LANG": "C.UTF-8", **(environment or {})},
+            "cwd": "/volume", "seccomp": self._seccomp.hex(), "clean": True,
+        }  # fmt: skip
+        plan = tool_job_plan(
+            idmap=self.idmap, stage=self._stage, volume=volume, program=program, binds=tuple(binds),
+            network=network,
+        )  # fmt: skip
+        return self._run(plan, stdin_fd, stdout_fd, task)
+
+    def run_builtin(
+        self, container_id: int, root: RootSpec, program: dict, task: Task | None = None
+    ) -> None:
+        """Do one of the supervisor's own works on a stopped container's files; raises SysctrError."""
+        plan = volume_job_plan(container_id, root, self.idmap, self._stage, program)
+        status = self._run(plan, None, None, task)
+        if status:
+            raise SysctrError(f"cannot {program['builtin']} files: the job ended with {status}")
+
+    def _run(self, plan: dict, stdin_fd: int | None, stdout_fd: int | None, task: Task | None) -> int:
+        null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        # A file, so that a program that says much never waits for a reader.
+        words_fd = os.memfd_create("sysctr-job", os.MFD_CLOEXEC)
+        try:
+            stdio = (
+                null_fd if stdin_fd is None else stdin_fd,
+                words_fd if stdout_fd is None else stdout_fd,
+                words_fd,
+            )
+            return self._supervisor.job(plan, stdio, task.check if task else None)
+        finally:
+            if task is not None:
+                size = os.fstat(words_fd).st_size
+                words = os.pread(words_fd, _OUTPUT_LIMIT_BYTES, max(0, size - _OUTPUT_LIMIT_BYTES))
+                for line in words.decode(errors="replace").splitlines():
+                    task.log(line)
+            os.close(words_fd)
+            os.close(null_fd)

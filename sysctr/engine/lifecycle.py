@@ -1,0 +1,297 @@
+"""Start, stop and what lies between: each action is all done or undone, bounded in time, and never hangs."""
+
+import contextlib
+import logging
+import select
+import signal
+import time
+from contextlib import ExitStack
+
+from sysctr.cgroup.base import Limits
+from sysctr.engine import guest
+from sysctr.engine.host import Host
+from sysctr.engine.live import Live, exit_reason
+from sysctr.engine.plan import ContainerFacts, Idmap, container_plan
+from sysctr.engine.record import Record
+from sysctr.engine.tasks import Task
+from sysctr.errors import NotFound, Refused, SysctrError, WrongState
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
+# After a kill the kernel has only to end the processes; one that hangs in a dead file system may take longer.
+_KILL_TIMEOUT_S = 30.0
+_SETTLE_TIMEOUT_S = 30.0
+_SIGNAL_AGAIN_S = 0.05
+
+SYSTEMD_HALT = signal.SIGRTMIN + 3
+
+
+class Lifecycle:
+    """The actions on one container's processes."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def start(self, task: Task, container_id: int) -> None:
+        """Start a stopped container; returns when its init was executed."""
+        host = self._host
+        if host.live.running(container_id):
+            raise WrongState(f"cannot start {container_id}: it is running")
+        live = host.live.get(container_id)
+        if live is not None and not host.live.wait_settled(container_id, _SETTLE_TIMEOUT_S):
+            raise WrongState(f"cannot start {container_id}: its end is still being put away")
+        record = host.store.load(container_id)
+        record.usable("start")
+        with ExitStack() as undo:
+            placement = host.cgroups.create(container_id, limits_of(record), record.idmap_first)
+            undo.callback(self.quietly, host.cgroups.destroy, container_id)
+            facts = self._facts(record)
+            plan = container_plan(facts)
+            plan["cgroup"] = {"into": placement.into, "tasks": list(placement.tasks)}
+            starting = undo.enter_context(host.supervisor.create(container_id, plan))
+            undo.callback(self.quietly, host.network.detach, container_id)
+            for nic in record.config.nets:
+                host.network.attach(
+                    container_id, nic, netns_fd=starting.netns.fileno(), netlink_fd=starting.netlink.fileno()
+                )
+            try:
+                starting.start()
+            except SysctrError as error:
+                raise SysctrError(f"cannot start {container_id}: {error.message}", error.hint) from error
+            host.live.note_started(container_id, starting.pid)
+            starting.close()
+            undo.pop_all()
+        self._note_boot(record)
+        host.bus.publish("container", id=container_id, change="started")
+
+    def _note_boot(self, record: Record) -> None:
+        # Written only when it differs: a start should not wait for a disk.
+        if record.boot_config != record.config_text or record.exit is not None:
+            self._host.store.update(record.id, boot_config=record.config_text, exit=None)
+
+    def _facts(self, record: Record) -> ContainerFacts:
+        host = self._host
+        template = host.template_of(record)
+        config = record.config
+        addresses = host.network.addresses(record.id)
+        nameservers = config.dns.nameservers or host.network.nameservers()
+        return ContainerFacts(
+            name=config.name,
+            uuid=record.uuid,
+            idmap=Idmap(record.idmap_first, record.idmap_count),
+            root=host.storage.mount_spec(record.volume),
+            stage=host.stage,
+            init=(config.init or (template.init if template else "") or "/sbin/init",),
+            environment=dict(config.environment),
+            seccomp=host.seccomp,
+            host_os_release=host.os_release,
+            overmounts=tuple(host.lxcfs_binds()),
+            guest_files=guest.guest_files(
+                config.name, addresses, nameservers, config.dns.search, host.settings.network.domain
+            ),
+        )
+
+    def shutdown(self, task: Task, container_id: int, timeout_s: float | None = None) -> None:
+        """Ask init to end and wait; on time-out the container runs on and WrongState is raised."""
+        live = self._running(container_id, "shut down")
+        timeout_s = SHUTDOWN_TIMEOUT_S if timeout_s is None else timeout_s
+        self._thaw_if_frozen(live)
+        if not self._ask_to_end(task, live, timeout_s):
+            raise WrongState(
+                f"cannot shut down {container_id}: it did not end within {timeout_s:g} s and runs on",
+                f"`sysctr stop {container_id}` ends it, `sysctr console {container_id}` shows why it waits",
+            )
+        self._wait_put_away(container_id)
+
+    def stop(
+        self, task: Task, container_id: int, timeout_s: float | None = None, *, kill: bool = False
+    ) -> None:
+        """Ask init to end, and kill everything at the time-out; with `kill` at once."""
+        live = self._running(container_id, "stop")
+        timeout_s = STOP_TIMEOUT_S if timeout_s is None else timeout_s
+        if not kill:
+            self._thaw_if_frozen(live)
+            if not self._ask_to_end(task, live, timeout_s):
+                task.log(f"init did not end within {timeout_s:g} s: killing it")
+                kill = True
+        if kill:
+            self._kill(live)
+        self._wait_put_away(container_id)
+
+    def reboot(self, task: Task, container_id: int, timeout_s: float | None = None) -> None:
+        """Stop the container cleanly (killing it at the time-out) and start it again."""
+        task.step("stopping")
+        self.stop(task, container_id, SHUTDOWN_TIMEOUT_S if timeout_s is None else timeout_s)
+        task.step("starting")
+        self.start(task, container_id)
+
+    def freeze(self, container_id: int) -> None:
+        """Stop every process of the container where it stands."""
+        live = self._running(container_id, "freeze")
+        if live.frozen:
+            raise WrongState(f"cannot freeze {container_id}: it is frozen")
+        self._host.cgroups.freeze(container_id)
+        self._host.live.note_frozen(container_id, frozen=True)
+        self._host.bus.publish("container", id=container_id, change="frozen")
+
+    def thaw(self, container_id: int) -> None:
+        """Let a frozen container go on."""
+        live = self._running(container_id, "thaw")
+        if not live.frozen:
+            raise WrongState(f"cannot thaw {container_id}: it is not frozen")
+        self._thaw_if_frozen(live)
+
+    def on_exit(self, live: Live) -> None:
+        """Put away what a container's end leaves, and start it again if it asked to be rebooted."""
+        host = self._host
+        reason = exit_reason(live.exit_status if live.exit_status is not None else -1)
+        log.info("%d: init ended: %s %s", live.id, reason["reason"], reason["status"] or "")
+        self.quietly(host.cgroups.destroy, live.id)
+        self.quietly(host.network.detach, live.id)
+        with contextlib.suppress(NotFound):
+            host.store.update(live.id, exit={**reason, "ended": int(time.time())})
+        with contextlib.suppress(SysctrError):
+            host.supervisor.forget(live.id)
+        host.bus.publish("container", id=live.id, change="stopped", **reason)
+        if reason["reason"] == "reboot" and host.tasks.current(live.id) is None:
+            # A task of its own: this thread must return before the container counts as put away.
+            host.tasks.submit("reboot", live.id, lambda task: self.start(task, live.id))
+
+    def _running(self, container_id: int, verb: str) -> Live:
+        live = self._host.live.running(container_id)
+        if live is None:
+            raise WrongState(f"cannot {verb} {container_id}: it is not running")
+        return live
+
+    def _thaw_if_frozen(self, live: Live) -> None:
+        if live.frozen:
+            self._host.cgroups.thaw(live.id)
+            self._host.live.note_frozen(live.id, frozen=False)
+            self._host.bus.publish("container", id=live.id, change="thawed")
+
+    def _ask_to_end(self, task: Task, live: Live, timeout_s: float) -> bool:
+        """Send init the signal it ends on, and wait; False at the time-out."""
+        host = self._host
+        pid, pidfd = host.supervisor.pidfd(live.id)
+        wanted = self._halt_signal(live.id)
+        deadline = time.monotonic() + timeout_s
+        sent = False
+        with pidfd:
+            poll = select.poll()
+            poll.register(pidfd.fileno(), select.POLLIN)
+            while True:
+                task.check()
+                number = wanted or _signal_by_mask(pid)
+                # An init that has not set its handlers yet never sees the signal: the kernel drops what the
+                # first process of a pid namespace does not handle. So it is sent again until it can arrive.
+                if not sent:
+                    arrives = _is_handled(pid, number)
+                    with contextlib.suppress(SysctrError):
+                        host.supervisor.signal(live.id, number)
+                    sent = arrives
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False
+                if poll.poll(1000 * (min(left_s, 0.5) if sent else min(left_s, _SIGNAL_AGAIN_S))):
+                    return True
+
+    def _halt_signal(self, container_id: int) -> int:
+        """Return the signal the container's configuration or template names, 0 for none."""
+        record = self._host.store.load(container_id)
+        template = self._host.template_of(record)
+        # Another init than the template's own expects another signal.
+        of_template = template.stop_signal if template and not (record.config and record.config.init) else ""
+        name = (record.config.stop_signal if record.config else "") or of_template
+        return signal_number(name) if name else 0
+
+    def _kill(self, live: Live) -> None:
+        host = self._host
+        # Both ways: the cgroup takes those processes that were moved out of the pid namespace's reach, too,
+        # and init's end is enough where there is no cgroup left.
+        self.quietly(host.cgroups.kill, live.id)
+        with contextlib.suppress(SysctrError):
+            host.supervisor.signal(live.id, signal.SIGKILL)
+        gone = host.live.wait(live.id, lambda now: now is None or not now.running, _KILL_TIMEOUT_S)
+        if not gone:
+            raise SysctrError(
+                f"cannot stop {live.id}: a killed process did not end within {_KILL_TIMEOUT_S:g} s",
+                "a file system it uses does not answer; `sysctr info` shows its processes",
+            )
+
+    def _wait_put_away(self, container_id: int) -> None:
+        if not self._host.live.wait_settled(container_id, _SETTLE_TIMEOUT_S):
+            raise SysctrError(f"cannot stop {container_id}: its end could not be put away in time")
+
+    def quietly(self, function, *arguments: object) -> None:
+        """Undo or clean up; what fails is logged and does not keep the rest from being done."""
+        try:
+            function(*arguments)
+        except Exception:
+            log.exception("%s%r failed", getattr(function, "__qualname__", function), arguments)
+
+
+def limits_of(record: Record) -> Limits:
+    """Return a container's limits as the cgroup driver takes them."""
+    limits = record.config.limits
+    cores = limits.cores
+    if isinstance(cores, tuple):
+        # "3-3": a single number would mean how many, not which.
+        cores = ",".join(f"{core}-{core}" for core in cores)
+    return Limits(
+        cpus=limits.cpu,
+        cores=None if cores is None else str(cores),
+        weight=limits.cpu_weight,
+        memory_bytes=limits.memory_bytes,
+        swap_bytes=limits.swap_bytes,
+        pids=limits.pids,
+    )
+
+
+def signal_number(name: str) -> int:
+    """Return the number of a signal's name.
+
+    >>> signal_number("SIGRTMIN+3"), signal_number("TERM"), signal_number("37")
+    (37, 15, 37)
+    """
+    text = name.upper().removeprefix("SIG")
+    if text.isdigit():
+        return int(text)
+    base, plus, offset = text.partition("+")
+    try:
+        return signal.Signals[f"SIG{base}"].value + (int(offset) if plus else 0)
+    except (KeyError, ValueError) as error:
+        raise Refused(f"cannot send the signal {name!r}: there is none of this name") from error
+
+
+def _signal_masks(pid: int) -> "tuple[int, int]":
+    """Return the blocked and the caught signals of a process as bit masks."""
+    blocked = caught = 0
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith("SigBlk:"):
+                    blocked = int(line.split()[1], 16)
+                elif line.startswith("SigCgt:"):
+                    caught = int(line.split()[1], 16)
+    except OSError:
+        pass
+    return blocked, caught
+
+
+def _signal_by_mask(pid: int) -> int:
+    """Choose the halt signal by what init listens to: systemd blocks SIGRTMIN+3, as it reads a signalfd."""
+    blocked, _ = _signal_masks(pid)
+    return SYSTEMD_HALT if blocked >> (SYSTEMD_HALT - 1) & 1 else signal.SIGPWR
+
+
+def _is_handled(pid: int, number: int) -> bool:
+    blocked, caught = _signal_masks(pid)
+    return bool((blocked | caught) >> (number - 1) & 1)
+
+
+def uptime_s(live: Live) -> float:
+    """Return for how long a container has been running."""
+    return max(0.0, time.time() - live.started)
+
