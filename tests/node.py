@@ -259,14 +259,11 @@ class TemplateStore:
             if name not in self._layers:
                 self.builder.run("template", "build", name, timeout_s=900)
                 self._layers[name] = self.builder.json("template", "show", name)["layer"]
-            for source, target in (
-                (f"{self.builder.layout.pool}/layers", f"{node.layout.pool}/layers"),
-                (self.builder.layout.templates, node.layout.templates),
-            ):
-                os.makedirs(target, mode=0o700, exist_ok=True)
-                for entry in os.listdir(source):
-                    if entry in (name, f"{name}.json", self._layers[name]):
-                        subprocess.run(["cp", "-al", f"{source}/{entry}", target], check=True)
+            target = f"{node.layout.pool}/layers"
+            os.makedirs(target, mode=0o700, exist_ok=True)
+            os.chmod(node.layout.pool, 0o700)
+            source = f"{self.builder.layout.pool}/layers/{self._layers[name]}"
+            subprocess.run(["cp", "-al", source, target], check=True)
 
 
 def kill(pid: int) -> None:

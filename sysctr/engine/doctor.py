@@ -277,22 +277,18 @@ def check_versions(versions: Mapping[str, str]) -> Check:
     return ok("versions", shown)
 
 
-def check_network(has_bridge: bool, bridge: str, ip_forward: str, problems: Iterable[str]) -> list[Check]:
-    """Judge the default network; `problems` are the network's own words, one for each."""
+def check_network(
+    has_bridge: bool, bridge: str, ip_forward: str, problems: Iterable[tuple[str, str]]
+) -> list[Check]:
+    """Judge the default network; `problems` are the network's own words: what is wrong and how to mend it."""
     if not has_bridge:
         return [ok("network", f"{bridge} is made when the first container starts")]
-    checks = [ok("network", f"bridge {bridge} is up")]
+    checks = [fail("network", detail, hint) for detail, hint in problems]
     if ip_forward.strip() != "1":
-        checks.append(
-            fail("forwarding", "net.ipv4.ip_forward is 0", "`sysctl -w net.ipv4.ip_forward=1`")
-        )
+        checks.append(fail("forwarding", "net.ipv4.ip_forward is 0", "`sysctl -w net.ipv4.ip_forward=1`"))
     else:
         checks.append(ok("forwarding", "on"))
-    checks.extend(
-        fail("network", problem, "`sysctr daemon restart` puts sysctr's own rules back")
-        for problem in problems
-    )
-    return checks
+    return [ok("network", f"bridge {bridge} is up"), *checks]
 
 
 def before_install(where: Layout) -> list[Check]:
@@ -322,25 +318,29 @@ def before_install(where: Layout) -> list[Check]:
 
 
 def installed(
-    where: Layout, *, problems: Iterable[str] = (), versions: Mapping[str, str] | None = None
+    where: Layout,
+    bridge: str,
+    problems: Iterable[tuple[str, str]] = (),
+    versions: Mapping[str, str] | None = None,
 ) -> list[Check]:
     """Return the checks of what the installation brought; the engine passes what only it knows."""
     checks = check_tools(lambda tool: shutil.which(tool, path=_PATH))
     checks += [check_lxcfs(_read("/proc/self/mounts")), check_group(where.group, _read("/etc/group"))]
-    checks += check_network(
-        os.path.exists(f"/sys/class/net/{where.bridge}"), where.bridge,
-        _read("/proc/sys/net/ipv4/ip_forward"), problems,
-    )  # fmt: skip
+    has_bridge = os.path.exists(f"/sys/class/net/{bridge}")
+    checks += check_network(has_bridge, bridge, _read("/proc/sys/net/ipv4/ip_forward"), problems)
     if versions:
         checks.append(check_versions(versions))
     return checks
 
 
 def run(
-    where: Layout, *, problems: Iterable[str] = (), versions: Mapping[str, str] | None = None
+    where: Layout,
+    bridge: str,
+    problems: Iterable[tuple[str, str]] = (),
+    versions: Mapping[str, str] | None = None,
 ) -> list[Check]:
     """Return all checks."""
-    return before_install(where) + installed(where, problems=problems, versions=versions)
+    return before_install(where) + installed(where, bridge, problems, versions)
 
 
 def nearest_directory(path: str) -> str:

@@ -1,19 +1,19 @@
 """Takes an installation's traces off the host: its processes, links, table, cgroups and id ranges.
 
 packaging/uninstall runs it, and so do the tests after each host. It works on what it finds, whether or not
-the daemon still runs, and needs the standard library only. Containers' data is not touched.
+the daemon still runs, and gets by with the standard library. Containers' data is not touched.
 """
 
 import contextlib
-import fcntl
 import os
 import select
 import signal
 import socket
 import struct
 import sys
-from collections.abc import Iterator
 
+from sysctr.engine.ids import IdPool
+from sysctr.errors import SysctrError
 from sysctr.linux import process
 from sysctr.paths import Layout, layout
 
@@ -80,15 +80,19 @@ def stop_processes(where: Layout, deadline_s: float = 20) -> list[int]:
 def remove_network(where: Layout) -> list[str]:
     """Delete the bridge, the host ends of veth pairs and the nft table; return what was deleted."""
     removed = []
+    try:
+        # It knows more than names: its marks on links, and whether forwarding was on before it.
+        from sysctr.engine.host import read_settings
+        from sysctr.network.network import Network, Settings
+
+        settings = read_settings(where).network
+        network = Network(where, Settings(settings.bridge, settings.subnet, settings.domain))
+        network.teardown()
+        network.close()
+    except (ImportError, SysctrError) as error:
+        print(f"  network: {error}; removing what carries our names", file=sys.stderr)
     for name in sorted(os.listdir("/sys/class/net")):
-        prefix = f"v{where.tag}" if where.tag else "veth"
-        numbers = name.removeprefix(prefix).split("i")
-        ours = name.startswith(prefix) and len(numbers) == 2 and all(part.isdigit() for part in numbers)
-        # A veth of the main installation has the name Proxmox uses too: ours are those on our bridge.
-        if ours and not where.tag:
-            master = f"/sys/class/net/{name}/master"
-            ours = os.path.basename(os.path.realpath(master)) == where.bridge
-        if name == where.bridge or ours:
+        if name == where.bridge or _is_our_veth(where, name):
             with contextlib.suppress(process.ProgramFailed):
                 process.run(["ip", "link", "delete", name])
                 removed.append(f"link {name}")
@@ -97,6 +101,17 @@ def remove_network(where: Layout) -> list[str]:
             process.run(["nft", "delete", "table", family, where.nft_table])
             removed.append(f"nft table {family} {where.nft_table}")
     return removed
+
+
+def _is_our_veth(where: Layout, name: str) -> bool:
+    prefix = f"v{where.tag}" if where.tag else "veth"
+    numbers = name.removeprefix(prefix).split("i")
+    if not name.startswith(prefix) or len(numbers) != 2 or not all(part.isdigit() for part in numbers):
+        return False
+    if where.tag:
+        return True
+    # Without a tag the name is the one Proxmox uses too: ours are those on our bridge.
+    return os.path.basename(os.path.realpath(f"/sys/class/net/{name}/master")) == where.bridge
 
 
 def remove_cgroups(where: Layout) -> list[str]:
@@ -112,15 +127,9 @@ def remove_cgroups(where: Layout) -> list[str]:
 
 def remove_id_ranges(where: Layout) -> list[str]:
     """Take the installation's lines out of /etc/subuid and /etc/subgid."""
-    removed = []
-    for path in ("/etc/subuid", "/etc/subgid"):
-        with contextlib.suppress(FileNotFoundError), _locked(path):
-            with open(path, encoding="utf-8") as file:
-                lines = file.readlines()
-            kept = [line for line in lines if not line.startswith(f"{where.subid_owner}:")]
-            if kept != lines:
-                _replace(path, "".join(kept))
-                removed.append(f"{len(lines) - len(kept)} lines of {path}")
+    pool = IdPool(where.subid_owner)
+    removed = [f"ids {entry.first}+{entry.count}" for entry in pool.ranges()]
+    pool.unregister()
     return removed
 
 
@@ -206,25 +215,3 @@ def _end_dnsmasq(where: Layout) -> None:
                 for name in names
             ):
                 _end(int(entry), signal.SIGTERM, 5)
-
-
-@contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
-    # The flock that the allocator of sysctr takes; the lock files of shadow(3) are a protocol of their own.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _replace(path: str, text: str) -> None:
-    mode = os.stat(path).st_mode & 0o7777
-    temporary = f"{path}.sysctr-new"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
