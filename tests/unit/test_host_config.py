@@ -1,0 +1,90 @@
+"""The settings of a host: defaults, errors as good as a container's, and a file that documents itself."""
+
+import doctest
+
+import pytest
+import tomli
+
+from sysctr.config import host, toml
+from sysctr.errors import ConfigError
+
+
+def test_no_file_gives_the_defaults() -> None:
+    settings = host.parse_host({})
+    assert settings.network.domain == "sysctr"
+    assert settings.ids.count is None
+    assert settings.defaults.pids == 4096
+    assert settings.log.level == "info"
+
+
+def test_all_settings_are_read() -> None:
+    text = """
+        schema = 1
+        [network]
+        bridge = "vmbr0"
+        subnet = "10.9.0.0/24"
+        domain = "Example.org"
+        [ids]
+        first = 2000000
+        count = 655360
+        [defaults]
+        template = "debian-12"
+        memory = "1G"
+        cores = "0-1"
+        [log]
+        level = "debug"
+    """
+    settings = host.parse_host(toml.read_host(text))
+    assert settings.network == host.NetworkSettings("vmbr0", "10.9.0.0/24", "example.org")
+    assert settings.ids == host.IdSettings(2000000, 655360)
+    assert host.creation_changes(settings) == {
+        "template": "debian-12",
+        "limits.cores": "0-1",
+        "limits.memory": "1G",
+        "limits.pids": 4096,
+    }
+    assert settings.log.level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "part"),
+    [
+        ({"netwrk": {}}, "the nearest is network"),
+        ({"network": {"brige": "a"}}, "the nearest is network.bridge"),
+        ({"network": {"subnet": "10.0.0.1/24"}}, "network.subnet: '10.0.0.1/24' is not"),
+        ({"ids": {"count": 65537}}, "ids.count: 65537 is not a multiple of 65536"),
+        ({"ids": {"first": 2**31 - 65536, "count": 131072}}, "ids.first"),
+        ({"ids": {"first": 0}}, "ids.first"),
+        ({"log": {"level": "loud"}}, "one of debug, info"),
+        ({"defaults": {"memory": "lots"}}, "defaults.memory: 'lots' is not a size"),
+        ({"net": {"0": {}}}, "cannot accept net"),
+    ],
+)
+def test_a_wrong_setting_is_named(mapping: dict, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        host.parse_host(mapping)
+    assert part in caught.value.message
+
+
+def test_a_newer_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="newer"):
+        toml.read_host("schema = 2\n")
+
+
+def test_the_file_that_shows_all_keys_changes_none() -> None:
+    text = host.new_text()
+    assert host.parse_host(toml.read_host(text)) == host.parse_host({})
+    assert all(f"# {key.name.rpartition('.')[2]} = " in text for key in host.KEYS)
+    # With the examples that are defaults in force, nothing changes either.
+    shown = [
+        line[2:] if line.startswith("# ") and line[2:].split(" ")[0] in ("domain", "pids", "level") else line
+        for line in text.splitlines()
+    ]
+    mapping = tomli.loads("\n".join(shown))
+    assert mapping.pop("schema") == host.SCHEMA
+    assert mapping["defaults"] == {"pids": 4096}
+    assert host.parse_host(mapping) == host.parse_host({})
+
+
+def test_the_examples_hold() -> None:
+    assert doctest.testmod(host).failed == 0
