@@ -3,7 +3,6 @@
 import os
 import select
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from sysctr import errors
 from sysctr.paths import Layout
 from sysctr.runtime import wire
+from sysctr.runtime.begin import keeper_argv
 
 _ANSWER_S = 60
 _START_KEEPER_S = 10
@@ -243,13 +243,6 @@ def _supervised(container_id: int, state: dict) -> Supervised:
 
 def _spawn_keeper(where: Layout) -> None:
     os.makedirs(where.log, mode=0o750, exist_ok=True)
-    package_dir = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    # The keeper is an orphan from the start, so that it is never a zombie of a daemon that does not wait:
-    # the first process forks once and ends.
-    program = (
-        "import os, sys; sys.path.insert(0, sys.argv.pop(1)); os.fork() and os._exit(0); os.setsid(); "
-        "from sysctr.runtime.keeper import main; sys.exit(main())"
-    )
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     log_fd = os.open(f"{where.log}/supervisor.log", flags, 0o640)
     null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
@@ -259,8 +252,8 @@ def _spawn_keeper(where: Layout) -> None:
             environment["SYSCTR_ROOT"] = where.root
         actions = [(os.POSIX_SPAWN_DUP2, null_fd, 0)]
         actions += [(os.POSIX_SPAWN_DUP2, log_fd, 1), (os.POSIX_SPAWN_DUP2, log_fd, 2)]
-        argv = [sys.executable, "-I", "-S", "-c", program, package_dir]
-        pid = os.posix_spawn(sys.executable, argv, environment, file_actions=actions)
+        argv = keeper_argv()
+        pid = os.posix_spawn(argv[0], argv, environment, file_actions=actions)
         os.waitpid(pid, 0)
     finally:
         os.close(log_fd)

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import platform
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,4 +69,4 @@ def old_number(name: str) -> int:
 
     Raises KeyError for an architecture sysctr was not built for.
     """
-    return _OLD_NUMBERS[platform.machine()][name]
+    return _OLD_NUMBERS[os.uname().machine][name]

@@ -4,7 +4,6 @@ import os
 import socket
 import struct
 import time
-import typing
 
 from sysctr.linux import process
 from sysctr.runtime import wire
@@ -13,7 +12,8 @@ from sysctr.runtime.console import Console, Ring
 from sysctr.runtime.records import open_if_alive
 from sysctr.runtime.sessions import failure_error
 
-if typing.TYPE_CHECKING:
+TYPE_CHECKING = False  # typing.TYPE_CHECKING costs 3 ms and 0.3 MB to import
+if TYPE_CHECKING:
     from sysctr.runtime.supervisor import Supervisor
 
 UNKNOWN_STATUS = -1

@@ -14,7 +14,7 @@ import time
 from sysctr.linux import process
 from sysctr.paths import layout
 from sysctr.runtime import wire
-from sysctr.runtime.supervisor import launch_argv, log
+from sysctr.runtime.begin import log, supervisor_argv
 
 # A supervisor that dies at once is started again after this long, so that the machine stays usable.
 _RESPAWN_PAUSE_S = 1.0
@@ -52,7 +52,7 @@ class Keeper:
         self._started = time.monotonic()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         theirs.set_inheritable(True)
-        argv = launch_argv(theirs.fileno())
+        argv = supervisor_argv(theirs.fileno())
         self._supervisor_pid = os.posix_spawn(argv[0], argv, os.environ)
         theirs.close()
         self._link = ours

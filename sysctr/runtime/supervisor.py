@@ -7,18 +7,17 @@ lives as long as its connection, so a daemon that dies half-way leaves nothing h
 
 import os
 import resource
-import secrets
 import signal
 import socket
 import sys
 import time
-import traceback  # noqa: F401 - a child that fails inside cannot import it any more
 
 from sysctr import __version__
 from sysctr.errors import Busy, NotFound, SysctrError, UsageError, WrongState
 from sysctr.linux import process
 from sysctr.paths import Layout, layout
 from sysctr.runtime import wire
+from sysctr.runtime.begin import log, supervisor_argv
 from sysctr.runtime.containers import Container, Creation
 from sysctr.runtime.loop import Loop
 from sysctr.runtime.records import Records
@@ -207,7 +206,7 @@ class Supervisor:
         self._tickets = {t: entry for t, entry in self._tickets.items() if entry[0] > now}
         if len(self._tickets) >= _TICKETS_LIMIT:
             raise Busy("cannot give a ticket: too many are unused", "try again in half a minute")
-        ticket = secrets.token_hex(16)
+        ticket = os.urandom(16).hex()
         self._tickets[ticket] = (now + _TICKET_LIFE_S, request)
         return ticket
 
@@ -316,7 +315,7 @@ class Supervisor:
         self._answer(connection, {"ok": True})
         if self.keeper is not None:
             os.set_inheritable(self.keeper.fileno(), True)
-        os.execv(sys.executable, launch_argv(self.keeper.fileno() if self.keeper else -1))
+        os.execv(sys.executable, supervisor_argv(self.keeper.fileno() if self.keeper else -1))
 
     def _quit(self, connection: socket.socket) -> None:
         running = sorted(i for i, container in self.containers.items() if container.running)
@@ -330,12 +329,6 @@ class Supervisor:
         self.loop.stopping = True
 
 
-def log(text: str, priority: int = 6) -> None:
-    """Write a line for the journal, which reads the priority in front."""
-    sys.stderr.write(f"<{priority}>supervisor: {text}\n")
-    sys.stderr.flush()
-
-
 def _give_to_group(path: str, name: str) -> None:
     import grp
 
@@ -343,16 +336,6 @@ def _give_to_group(path: str, name: str) -> None:
         os.chown(path, 0, grp.getgrnam(name).gr_gid)
     except KeyError:
         pass  # no such group: root alone
-
-
-def launch_argv(keeper_fd: int) -> "list[str]":
-    """Return the command line of a supervisor: isolated from the environment and from site-packages."""
-    package_dir = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    program = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); "
-        "from sysctr.runtime.supervisor import main; sys.exit(main())"
-    )
-    return [sys.executable, "-I", "-S", "-c", program, package_dir, "--keeper-fd", str(keeper_fd)]
 
 
 def main() -> int:

@@ -1,0 +1,30 @@
+"""How keeper and supervisor are started, and how both speak to the journal."""
+
+import os
+import sys
+
+
+def log(text: str, priority: int = 6) -> None:
+    """Write a line for the journal, which reads the priority in front."""
+    sys.stderr.write(f"<{priority}>{text}\n")
+    sys.stderr.flush()
+
+
+def supervisor_argv(keeper_fd: int) -> "list[str]":
+    """Return the command line of a supervisor; keeper_fd is its end of the link to the keeper, or -1."""
+    return [*_argv("sysctr.runtime.supervisor", ""), "--keeper-fd", str(keeper_fd)]
+
+
+def keeper_argv() -> "list[str]":
+    """Return a command line whose process ends at once and leaves a keeper that is nobody's child."""
+    return _argv("sysctr.runtime.keeper", "import os; os.fork() and os._exit(0); os.setsid(); ")
+
+
+def _argv(module: str, before: str) -> "list[str]":
+    # -I: nothing of the environment or the current directory is imported; -S: nor of site-packages.
+    package_dir = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    program = (
+        f"import sys; sys.path.insert(0, sys.argv.pop(1)); {before}"
+        f"from {module} import main; sys.exit(main())"
+    )
+    return [sys.executable, "-I", "-S", "-c", program, package_dir]
