@@ -1,0 +1,114 @@
+"""quickstart and uninstall as a user runs them, below a SYSCTR_ROOT so that the host's own stays as it is."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sysctr.engine import removal
+from sysctr.paths import Layout
+from tests import leaks
+from tests.node import CHECKOUT, Node
+
+pytestmark = [pytest.mark.root, pytest.mark.net, pytest.mark.slow, pytest.mark.needs("overlay", "busybox")]
+
+
+def run(root: str, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    wanted = ("PIP_", leaks.SESSION_VARIABLE)
+    kept = {name: value for name, value in os.environ.items() if name.startswith(wanted)}
+    return subprocess.run(
+        [f"{CHECKOUT}/packaging/{script}", *arguments],
+        env={"PATH": os.environ["PATH"], "HOME": root, **kept, "SYSCTR_ROOT": root, **env},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def installed() -> Iterator[str]:
+    node = Node()
+    try:
+        done = run(node.root, "quickstart", "--no-demo")
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield node.root
+    finally:
+        node.close()
+
+
+def test_quickstart_brings_a_launcher_that_works(installed: str) -> None:
+    # From another directory, with a Python environment that would lead a less careful launcher astray.
+    done = subprocess.run(
+        [f"{installed}/bin/sysctr", "list", "--json"],
+        env={"PYTHONPATH": "/nonexistent", "PYTHONHOME": "/nonexistent", "PATH": "/usr/bin:/bin"},
+        cwd="/", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_quickstart_again_changes_nothing(installed: str) -> None:
+    before = (os.readlink(f"{installed}/opt/current"), Path(f"{installed}/lib/changes").read_text())
+    pids = removal.service_pids(Layout(installed))
+    done = run(installed, "quickstart", "--no-demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Python packages into" not in done.stdout
+    assert (os.readlink(f"{installed}/opt/current"), Path(f"{installed}/lib/changes").read_text()) == before
+    assert removal.service_pids(Layout(installed)) == pids
+
+
+def test_a_half_installed_version_is_finished(installed: str) -> None:
+    venv = Path(installed, "opt", os.readlink(f"{installed}/opt/current"))
+    (venv / ".complete").unlink()
+    done = run(installed, "quickstart", "--no-demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (venv / ".complete").exists()
+    assert "Python packages into" in done.stdout
+
+
+def test_the_checkout_stays_as_it_was(installed: str) -> None:
+    assert not list(CHECKOUT.glob("*.egg-info"))
+    assert not (CHECKOUT / "build").exists()
+
+
+def test_check_changes_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    done = run(str(root), "quickstart", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not root.exists()
+
+
+def test_uninstall_purge_leaves_nothing() -> None:
+    with Node() as node:
+        assert run(node.root, "quickstart", "--no-demo").returncode == 0
+        done = run(node.root, "uninstall", "--purge")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert removal.service_pids(node.layout) == {}
+        assert os.listdir(node.root) == []
+
+
+def test_an_unknown_host_is_refused_before_a_change(tmp_path: Path) -> None:
+    # In a mount namespace of its own, where os-release is that of another distribution.
+    release = tmp_path / "os-release"
+    release.write_text('ID=arch\nPRETTY_NAME="Arch Linux"\n')
+    root = tmp_path / "root"
+    script = 'mount --bind "$1" "$(realpath /etc/os-release)" && SYSCTR_ROOT="$2" "$3"'
+    words = [str(release), str(root), f"{CHECKOUT}/packaging/quickstart"]
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *words],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "cannot install on Arch Linux" in done.stderr
+    assert "Debian 12" in done.stderr
+    assert not root.exists()
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv (package util-linux)")
+def test_without_root_nothing_is_tried(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"{CHECKOUT}/packaging/quickstart"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "not root" in done.stderr
