@@ -111,7 +111,8 @@ class Stub:
         """Return a container as the API lists it."""
         container = {
             "id": number, "name": name, "state": "running", "booted": True, "template": "debian-12",
-            "tags": [], "addresses": ["10.0.3.2"], "uptime_s": 61, "pid": 4242, "cpu_s": 1.5, "memory_bytes": 10485760,
+            "tags": [],
+            "addresses": ["10.0.3.2"], "uptime_s": 61, "pid": 4242, "cpu_s": 1.5, "memory_bytes": 10485760,
             "memory_max_bytes": None, "pids": 9, "onboot": False, "protected": False, "pending": [],
             "exit": None, "task": None,
         }  # fmt: skip
