@@ -1,0 +1,325 @@
+"""The table of the API: every route with its fields, and what of the engine it calls.
+
+The engine's methods are synchronous; these actions run in worker threads. An action that returns a Task is
+answered with 202. Actions that wait or stream are coroutines and live in live.py and websocket.py. The table
+is also what GET /1/openapi.json is made from.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sysctr.api import live, openapi, websocket
+from sysctr.api.fields import Anything, Array, Boolean, Field, Nullable, Number, Object, Table, Text
+from sysctr.api.websocket import EXEC_REQUEST
+
+JSON = "application/json"
+BYTES = "application/octet-stream"
+STREAM = "text/event-stream"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, with everything in it checked."""
+
+    path: dict[str, str]
+    query: dict[str, Any]
+    body: dict[str, Any]
+
+    @property
+    def ref(self) -> str:
+        """The container's id or name."""
+        return self.path["ref"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method of one path. `answer` names the fields of the answer; a task is {"task": {…}}."""
+
+    method: str
+    path: str
+    action: Callable[..., Any]
+    summary: str
+    body: tuple[Field, ...] = ()
+    query: tuple[Field, ...] = ()
+    answer: str = ""
+    status: int = 200
+    media: str = JSON
+    waits: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "waits", inspect.iscoroutinefunction(self.action))
+
+    @property
+    def fields(self) -> Object:
+        """The body as one type."""
+        return Object(self.body)
+
+
+TASK_STATES = ("queued", "running", "done", "failed", "cancelled")
+NAME = Text(63)
+PATH = Text(4096, raw=True)
+SECONDS = Number(0, 86400, whole=False)
+LONG_POLL = Field("timeout", Number(0, 600, whole=False), "seconds to wait (60)")
+TIMEOUT = Field("timeout_s", Nullable(SECONDS), "seconds that the init may take")
+FORCE = Field("force", Boolean(), "even if it runs")
+ENVIRONMENT = Table(Text(32768, raw=True))
+
+CREATE = (
+    Field("name", NAME, "unique name: lower-case letters, digits, -", required=True),
+    Field("id", Nullable(Number(100, 2**31 - 1)), "number; without it the first free one"),
+    Field("template", Nullable(Text(128)), "name of a template; without it the host's default"),
+    Field("set", Table(Anything()), "settings by key, as in `sysctr set`"),
+    Field("ssh_keys", Array(Text(16384)), "public keys that may log in as root"),
+    Field("password", Nullable(Text(1024)), "root's password"),
+    Field("environment", ENVIRONMENT, "environment of the init"),
+    Field("tags", Array(Text(63)), "tags"),
+    Field("nets", Array(Table(Anything()), 16), "network interfaces, each with the keys of [net.N]"),
+    Field("onboot", Boolean(), "start it with the host"),
+    Field("start", Boolean(), "start it at once"),
+)
+FILES = (
+    Field("op", Text(choices=("push", "pull")), "which way", required=True),
+    Field("path", PATH, "absolute path inside", required=True),
+    Field("names", Array(PATH, 4096), "push: names of what comes"),
+    Field("user", Nullable(Text(256)), "push: owner inside, by name or number"),
+    Field("group", Nullable(Text(256)), "push: group inside, by name or number"),
+    Field("mode", Nullable(Text(4)), "push: mode of files, in octal"),
+)
+
+
+def _act(verb: str, *fields: Field) -> Route:
+    def action(engine: Any, call: Call) -> Any:
+        return getattr(engine, verb)(call.ref, **call.body)
+
+    return Route(
+        "POST",
+        f"/1/containers/{{ref}}/{verb}",
+        action,
+        f"{verb} a container",
+        fields,
+        answer="task",
+        status=202,
+    )
+
+
+def _create(engine: Any, call: Call) -> Any:
+    return engine.create({name: value for name, value in call.body.items() if value is not None})
+
+
+def _tasks(engine: Any, call: Call) -> Any:
+    return {"tasks": [task.as_dict() for task in engine.tasks.list(call.query.get("state"))]}
+
+
+def _template_build(engine: Any, call: Call) -> Any:
+    return engine.template_build(
+        call.body["recipe"], name=call.body.get("name"), settings=call.body.get("set", {})
+    )
+
+
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/1/openapi.json", lambda engine, call: openapi.document(ROUTES), "this description"),
+    Route("GET", "/1/daemon", live.daemon_status, "the daemon's and the supervisor's state", answer="daemon"),
+    Route("POST", "/1/daemon/stop", live.daemon_stop, "end the daemon; containers go on running"),
+    Route("GET", "/1/host", live.host, "the host", answer="host"),
+    Route(
+        "POST", "/1/supervisor/upgrade", lambda engine, call: {"supervisor": engine.upgrade_supervisor()},
+        "let the supervisor execute the code on disk; containers do not notice", answer="supervisor",
+    ),
+    Route(
+        "GET", "/1/doctor", lambda engine, call: {"checks": engine.doctor()},
+        "check the host", answer="checks",
+    ),
+    Route("GET", "/1/events", live.events, "what happens from now on, as server-sent events", media=STREAM),
+    # Tasks
+    Route(
+        "GET", "/1/tasks", _tasks, "tasks, oldest first", answer="tasks",
+        query=(Field("state", Text(choices=TASK_STATES), "only these"),),
+    ),
+    Route(
+        "GET", "/1/tasks/{id}", lambda engine, call: {"task": engine.tasks.get(call.path["id"]).as_dict()},
+        "a task", answer="task",
+    ),
+    Route(
+        "GET", "/1/tasks/{id}/log", lambda engine, call: engine.tasks.read_log(call.path["id"]),
+        "the log of a task", media=BYTES,
+    ),
+    Route(
+        "GET", "/1/tasks/{id}/wait", live.task_wait, "the task when it has ended, or after the time-out",
+        query=(LONG_POLL,), answer="task",
+    ),
+    Route("DELETE", "/1/tasks/{id}", live.task_cancel, "ask a task to stop", answer="task"),
+    # Containers
+    Route(
+        "GET", "/1/containers", lambda engine, call: {"containers": engine.list(tag=call.query.get("tag"))},
+        "all containers", query=(Field("tag", Text(63), "only with this tag"),), answer="containers",
+    ),
+    Route("POST", "/1/containers", _create, "create a container", CREATE, answer="task", status=202),
+    Route(
+        "GET", "/1/containers/{ref}", lambda engine, call: {"container": engine.info(call.ref)},
+        "a container with its usage", answer="container",
+    ),
+    Route(
+        "DELETE", "/1/containers/{ref}", lambda engine, call: engine.destroy(call.ref, **call.body),
+        "destroy a container and its files", (FORCE,), answer="task", status=202,
+    ),
+    _act("start"),
+    _act("stop", TIMEOUT, Field("kill", Boolean(), "do not ask the init")),
+    _act("shutdown", TIMEOUT),
+    _act("reboot", TIMEOUT),
+    _act("freeze"),
+    _act("thaw"),
+    Route(
+        "GET", "/1/containers/{ref}/config", lambda engine, call: engine.config(call.ref),
+        "the configuration as text and as values", answer="toml config pending digest",
+    ),
+    Route(
+        "PATCH", "/1/containers/{ref}/config",
+        lambda engine, call: engine.set_config(call.ref, call.body["changes"]),
+        "change settings",
+        (Field("changes", Table(Anything()), "values by key, null unsets", required=True),),
+        answer="applied pending",
+    ),
+    Route(
+        "PUT", "/1/containers/{ref}/config",
+        lambda engine, call: engine.put_config(call.ref, call.body["toml"], call.body["digest"]),
+        "replace the configuration's text",
+        (
+            Field("toml", Text(256 << 10), "the whole text", required=True),
+            Field("digest", Text(128), "of the text that was edited", required=True),
+        ),
+        answer="applied pending",
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/rename", lambda engine, call: engine.rename(call.ref, call.body["name"]),
+        "give another name", (Field("name", NAME, "the new name", required=True),),
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/protect",
+        lambda engine, call: engine.protect(call.ref, call.body["protected"]),
+        "protect from destruction, or no longer", (Field("protected", Boolean(), "whether", required=True),),
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/passwd",
+        lambda engine, call: engine.passwd(call.ref, call.body.get("user", "root"), call.body["password"]),
+        "set a password",
+        (
+            Field("user", Text(256), "whose (root)"),
+            Field("password", Text(1024), "the new one", required=True),
+        ),
+        answer="task", status=202,
+    ),
+    Route(
+        "GET", "/1/containers/{ref}/usage", lambda engine, call: {"usage": engine.usage(call.ref)},
+        "what it uses now", answer="usage",
+    ),
+    Route(
+        "GET", "/1/containers/{ref}/wait", live.container_wait,
+        "the container when it has reached a state, or after the time-out",
+        query=(
+            Field(
+                "state", Text(choices=("stopped", "running", "booted", "frozen")),
+                "the state to wait for", required=True,
+            ),
+            LONG_POLL,
+        ),
+        answer="container",
+    ),
+    Route(
+        "GET", "/1/containers/{ref}/logs", live.logs, "what the container wrote", media=BYTES,
+        query=(
+            Field("kind", Text(64), "which log (console)"),
+            Field("follow", Boolean(), "go on with what comes"),
+        ),
+    ),
+    # Local programs: a ticket for the supervisor's socket. From elsewhere: a websocket.
+    Route(
+        "POST", "/1/containers/{ref}/exec", lambda engine, call: engine.exec_ticket(call.ref, call.body),
+        "a ticket to run a program", EXEC_REQUEST.fields, answer="ticket socket",
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/console", lambda engine, call: engine.console_ticket(call.ref),
+        "a ticket for the console", answer="ticket socket",
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/files", lambda engine, call: engine.files_ticket(call.ref, call.body),
+        "a ticket to push or pull files", FILES, answer="ticket socket",
+    ),
+    Route("GET", "/1/containers/{ref}/exec/ws", websocket.exec_in, "run a program (websocket)", status=101),
+    Route("GET", "/1/containers/{ref}/console/ws", websocket.console, "the console (websocket)", status=101),
+    # Templates
+    Route(
+        "GET", "/1/templates", lambda engine, call: {"templates": engine.template_list()},
+        "all templates", answer="templates",
+    ),
+    Route(
+        "GET", "/1/templates/{name}",
+        lambda engine, call: {"template": engine.template_show(call.path["name"])},
+        "a template", answer="template",
+    ),
+    Route(
+        "DELETE", "/1/templates/{name}", lambda engine, call: engine.template_remove(call.path["name"]),
+        "remove a template",
+    ),
+    Route(
+        "POST", "/1/templates/build", _template_build, "build a template from a recipe",
+        (
+            Field("recipe", PATH, "name of a recipe, or an absolute path on this host", required=True),
+            Field("name", Nullable(Text(128)), "name of the template (the recipe's)"),
+            Field("set", Table(Text(4096)), "what the recipe asks for"),
+        ),
+        answer="task", status=202,
+    ),
+    Route(
+        "POST", "/1/templates/import",
+        lambda engine, call: engine.template_import(call.body["path"], name=call.body.get("name")),
+        "make a template of an archive",
+        (
+            Field("path", PATH, "absolute path of a tar archive on this host", required=True),
+            Field("name", Nullable(Text(128)), "name of the template (the file's)"),
+        ),
+        answer="task", status=202,
+    ),
+)  # fmt: skip
+
+
+class Node:
+    """One segment of the paths, with what follows it."""
+
+    def __init__(self) -> None:
+        self.routes: dict[str, Route] = {}
+        self.fixed: dict[str, Node] = {}
+        self.variable: tuple[str, Node] | None = None
+
+
+def tree(routes: tuple[Route, ...]) -> Node:
+    """Return the routes as a tree by segment; a fixed segment goes before a variable one."""
+    root = Node()
+    for route in routes:
+        node = root
+        for segment in route.path.split("/")[1:]:
+            if segment.startswith("{"):
+                if node.variable is None:
+                    node.variable = (segment[1:-1], Node())
+                assert node.variable[0] == segment[1:-1], f"{route.path} names a segment in another way"
+                node = node.variable[1]
+            else:
+                node = node.fixed.setdefault(segment, Node())
+        assert route.method not in node.routes, f"{route.method} {route.path} is there twice"
+        node.routes[route.method] = route
+    return root
+
+
+def find(root: Node, segments: list[str]) -> tuple[dict[str, Route], dict[str, str]]:
+    """Return the routes of a path by method, none if there is no such path, and its variable segments."""
+    node, variables = root, {}
+    for segment in segments:
+        following = node.fixed.get(segment)
+        if following is None and node.variable is not None and segment:
+            variables[node.variable[0]] = segment
+            following = node.variable[1]
+        if following is None:
+            return {}, {}
+        node = following
+    return node.routes, variables
