@@ -46,7 +46,7 @@ def picture() -> frozenset[str]:
     """Return everything of the kinds that tests could leave, one line each."""
     return frozenset(
         [
-            *_mounts(), *_cgroups(), *_links(), *_namespaces(), *_tables(), *_loops(), *_id_ranges(),
+            *_mounts(), *_cgroups(), *_links(), *_namespaces(), *_tables(), *_loops(), *_accounts(),
             *_processes(),
         ]
     )  # fmt: skip
@@ -101,8 +101,8 @@ def _loops() -> Iterable[str]:
             yield f"loop {name} of {file.read().strip()}"
 
 
-def _id_ranges() -> Iterable[str]:
-    for path in ("/etc/subuid", "/etc/subgid"):
+def _accounts() -> Iterable[str]:
+    for path in ("/etc/subuid", "/etc/subgid", "/etc/group"):
         with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
             for line in file:
                 yield f"{path} {line.strip()}"

@@ -33,6 +33,8 @@ def installed() -> Iterator[str]:
         done = run(node.root, "quickstart", "--no-demo")
         assert done.returncode == 0, done.stdout + done.stderr
         yield node.root
+        # Also for what is shared: the group goes with the last installation.
+        assert run(node.root, "uninstall", "--purge").returncode == 0
     finally:
         node.close()
 
