@@ -189,14 +189,6 @@ class Store:
             self._write_record(record)
         return record
 
-    def note_boot(self, number: int, config_text: str) -> None:
-        """Record the configuration that a container was just started with."""
-        self.update(number, boot_config=config_text)
-
-    def note_exit(self, number: int, reason: dict[str, Any]) -> None:
-        """Record how a container ended."""
-        self.update(number, exit=reason)
-
     def save_config(self, number: int, text: str, digest: str | None = None) -> Record:
         """Replace a container's configuration by a text that holds, if it is still the one of the digest."""
         config = parse_config(toml.read_container(text))

@@ -393,10 +393,6 @@ def test_changes_of_a_record_by_many_threads_all_stay(store: Store) -> None:
         thread.join()
     record = store.load(made.id)
     assert all(getattr(record, key) == value for change in changes for key, value in change.items())
-    store.note_boot(made.id, "y")
-    store.note_exit(made.id, {"reason": "killed", "status": 9})
-    assert store.load(made.id).boot_config == "y"
-    assert store.load(made.id).exit == {"reason": "killed", "status": 9}
 
 
 def test_what_is_gone_is_not_found(store: Store) -> None:
