@@ -170,6 +170,10 @@ class Api:
         if self._listening:
             self._listening.close()
         if self._server:
+            # A connection that was accepted in this very turn of the loop begins to wait for its request in
+            # the next ones; pre_shutdown() ends only what waits already.
+            for _ in range(3):
+                await asyncio.sleep(0)
             self._server.pre_shutdown()
             await self._server.shutdown(grace_s)
         for pool in (self._pool, self._waiting):
