@@ -109,6 +109,7 @@ def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
         ("id", str(container["id"])),
         ("name", container["name"]),
         ("state", shown_state(container)),
+        ("problem", plain(container.get("error"))),
         ("task", f"{task['kind']} ({task['id']})" if task else ""),
         ("last end", plain(exit_)),
         ("template", plain(container.get("template"))),

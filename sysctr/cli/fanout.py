@@ -51,7 +51,7 @@ class _Run:
             if message and "error" in message:
                 print_error(errors.from_dict(message["error"]))
                 self.status = errors.from_dict(message["error"]).exit_code
-            elif message and "exit" in message:
+            if message and "exit" in message:
                 self.status = int(message["exit"])
             if self.ended:
                 # The program's own output is in the pipes by now; who writes after it, is not waited for.

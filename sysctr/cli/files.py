@@ -102,10 +102,11 @@ def _push(arguments: "argparse.Namespace", client: "Client") -> int:
             "op": "push",
             "path": destination,
             "names": [name for _, name in packed],
-            "user": arguments.user,
-            "group": arguments.group,
-            "mode": None if arguments.mode is None else f"{arguments.mode:04o}",
         }
+        # Numbers and the mode are in the stream; only names have to be looked up inside.
+        for kind in ("user", "group"):
+            if getattr(arguments, kind) is not None and _number(getattr(arguments, kind)) is None:
+                request[kind] = getattr(arguments, kind)
         answer = client.post(path("containers", container, "files"), request)
         owner = Owner(_number(arguments.user), _number(arguments.group), arguments.mode)
         with Ticket(answer, client.layout.ticket_socket) as ticket:

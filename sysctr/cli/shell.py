@@ -5,7 +5,7 @@ import sys
 
 from sysctr import errors
 from sysctr.cli.command import EXIT_CODES, Command, one_container, words
-from sysctr.cli.output import notice
+from sysctr.cli.output import notice, print_error
 from sysctr.cli.pump import Flow, RawTerminal, Signals, pump, window_size
 from sysctr.cli.settings import assignment
 from sysctr.client import Ticket, path
@@ -142,6 +142,7 @@ class Session:
         self.container = container
         self.tty = tty
         self._status: int | None = None
+        self._failure: errors.SysctrError | None = None
         self._interrupts = 0
 
     def run(self, stdin_fd: int = 0, stdout_fd: int = 1, stderr_fd: int = 2) -> int:
@@ -174,15 +175,20 @@ class Session:
                 f"cannot follow the program in {self.container}: the supervisor closed the connection",
                 "the program may still run",
             )
+        if self._failure is not None:
+            print_error(self._failure)
         return self._status
 
     def _message(self, message: "dict[str, Any] | None") -> bool:
         if message is None:
             return True
-        if "error" in message:
-            raise errors.from_dict(message["error"])
         if "exit" in message:
             self._status = int(message["exit"])
+        if "error" in message:
+            # With an exit code (126, 127) it is the program that could not run, and the code is its own.
+            if self._status is None:
+                raise errors.from_dict(message["error"])
+            self._failure = errors.from_dict(message["error"])
         return self._status is not None
 
     def _signal(self, number: int) -> bool:

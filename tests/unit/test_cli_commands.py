@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 
@@ -75,7 +75,8 @@ def test_an_unknown_command_is_usage_and_the_nearest_is_named(typed, meant, caps
 @pytest.mark.parametrize(
     "arguments",
     [["list", "--nope"], ["start"], ["start", "--all", "demo"], ["set", "demo"], ["set", "demo", "x"],
-     ["wait"], ["create", "x", "--net", "eth0"], ["create", "x", "--id", "many"], ["console", "x", "--escape", "a"]],
+     ["wait"], ["create", "x", "--net", "eth0"], ["create", "x", "--id", "many"],
+     ["console", "x", "--escape", "a"]],
 )  # fmt: skip
 def test_wrong_usage_is_one_error_line_and_code_two(stub, arguments, capsys):
     assert main(arguments) == 2
@@ -264,7 +265,8 @@ def test_wait_asks_until_the_state_is_there_or_the_time_is_over(stub, state, ans
     def wait(query, _):
         reached, booted = left.pop(0) if len(left) > 1 else left[0]
         if code:
-            time.sleep(float(query["timeout"]))
+            # As the daemon does: the answer comes when the time is over.
+            threading.Event().wait(float(query["timeout"]))
         return stub.container(state=reached, booted=booted)
 
     stub.routes["GET", "/1/containers/demo/wait"] = wait

@@ -171,6 +171,20 @@ def test_the_supervisors_error_comes_out_with_its_exit_code(stub, serve):
     assert done.stderr == b"sysctr: cannot exec in 101: it is stopped\nhint: start it\n"
 
 
+def test_a_program_that_is_not_there_keeps_its_exit_code_and_its_reason(stub, serve):
+    def refuse(connection, _):
+        null_fd = os.open(os.devnull, os.O_RDWR)
+        send(connection, {"ok": True, "fds": ["stdin", "stdout", "stderr"]}, [null_fd] * 3)
+        os.close(null_fd)
+        error = {"code": "not-found", "message": "cannot exec nope: no such file", "hint": ""}
+        send(connection, {"exit": 127, "error": error})
+
+    serve(refuse)
+    done = sysctr(stub, "exec", "demo", "nope", stdin=subprocess.DEVNULL)
+    assert done.returncode == 127
+    assert done.stderr == b"sysctr: cannot exec nope: no such file\n"
+
+
 def test_a_supervisor_that_dies_is_no_success(stub, serve):
     def vanish(connection, _):
         null_fd = os.open(os.devnull, os.O_RDWR)

@@ -264,14 +264,28 @@ def test_push_and_pull_carry_a_tree_there_and_back(host, tmp_path, capsys):
     tickets.close()
     os.unlink(host.layout.ticket_socket)
     assert (inside / "site/sub/page").read_bytes() == (source / "sub/page").read_bytes()
-    assert host.requests[-1][3] == {
-        "op": "push", "path": "/srv", "names": ["site"], "user": None, "group": None, "mode": None,
-    }  # fmt: skip
+    assert host.requests[-1][3] == {"op": "push", "path": "/srv", "names": ["site"]}
     tickets = Tickets(host.layout, serve_tar("stdout", ["tar", "-c", "-C", str(inside), "site"]))
     assert cli_main(["pull", "demo:/srv/site", str(tmp_path / "back")]) == 0
     tickets.close()
     assert (tmp_path / "back/sub/page").read_bytes() == (source / "sub/page").read_bytes()
     assert host.requests[-1][3] == {"op": "pull", "path": "/srv/site"}
+
+
+def test_names_of_owners_go_in_the_request_and_numbers_into_the_stream(host, tmp_path):
+    source = tmp_path / "f"
+    source.write_text("x")
+    stream_file = tmp_path / "stream"
+    tickets = Tickets(host.layout, serve_tar("stdin", ["dd", f"of={stream_file}", "status=none"]))
+    assert (
+        cli_main(["push", "--user", "www-data", "--group", "44", "--mode", "600", str(source), "demo:/f"])
+        == 0
+    )
+    tickets.close()
+    assert host.requests[-1][3] == {"op": "push", "path": "/f", "names": ["f"], "user": "www-data"}
+    with tarfile.open(stream_file) as made:
+        info = made.next()
+    assert (info.name, info.uid, info.gid, info.mode) == ("f", 0, 44, 0o600)
 
 
 def test_a_push_that_the_other_side_breaks_off_reports_its_reason(host, tmp_path, capsys):
