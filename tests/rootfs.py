@@ -66,11 +66,16 @@ def entries(busybox: str) -> list[tuple[tarfile.TarInfo, bytes]]:
 
 
 def write_tarball(path: str, busybox: str, *, compression: str = "", prefix: str = "") -> str:
-    """Write the rootfs as an archive; `compression` is "", "gz", "xz" or "bz2", `prefix` replaces `./`."""
+    """Write the rootfs as an archive; `compression` is "", "gz", "xz" or "bz2"; `prefix` replaces `./`.
+
+    The prefix "plain" stands for none at all: `bin/busybox`.
+    """
     with tarfile.open(path, f"w:{compression}", format=tarfile.PAX_FORMAT) as archive:
         for member, data in entries(busybox):
             if prefix:
-                member.name = prefix + member.name.removeprefix("./")
+                member.name = ("" if prefix == "plain" else prefix) + member.name.removeprefix("./")
+            if not member.name:
+                continue
             archive.addfile(member, io.BytesIO(data) if member.isreg() else None)
     return path
 

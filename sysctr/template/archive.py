@@ -57,6 +57,8 @@ _TAR = (
 
 _MEMBER = re.compile(r"block \d+: (?!tar: |\*\* )")
 _LEFT_OUT = re.compile(r"tar: (?P<name>.*): Cannot mknod: Operation not permitted")
+# tar says of a write that the disk cut short only how much of it was written.
+_NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded|: Wrote only \d+ of \d+ bytes")
 _CLOSING = "tar: Exiting with failure status due to previous errors"
 
 
@@ -227,7 +229,7 @@ def _judge(
             raise NoSpace(f"{doing}: it unpacks to more than there is space in {short_of_space}")
         raise SysctrError(f"{doing}: it unpacks to more than {limits.unpacked_bytes // GIB} GiB")
     words = next((line for line in outcome.messages), "")
-    if any("No space left on device" in line or "Disk quota exceeded" in line for line in outcome.messages):
+    if any(_NO_SPACE.search(line) for line in outcome.messages):
         raise NoSpace(f"{doing}: no space left")
     if any("Cannot change ownership" in line for line in outcome.messages):
         raise SysctrError(f"{doing}: {words}", hint="ids above 65535 cannot be represented in a container")

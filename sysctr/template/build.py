@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import tarfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,10 @@ root=$1; shift
 mount --rbind /dev "$root/dev" && mount --rbind /proc "$root/proc" && mount -t tmpfs tmpfs "$root/run" || exit
 exec chroot "$root" /bin/sh -eu -c "$1" run
 """
-# mmdebstrap leaves what it used for itself in the tree.
+# What mmdebstrap set for its own run would stay in the tree: the container gets files of ours instead.
+_FORGET_OWN_FILES = (
+    'cd "$1/etc" && rm -f apt/sources.list.d/0000* apt/apt.conf.d/99mmdebstrap dpkg/dpkg.cfg.d/99mmdebstrap'
+)
 _UNPACK = (
     "tar", "--extract", "--file=-", f"--directory={_ROOTFS}", "--numeric-owner", "--same-owner",
     "--preserve-permissions", "--keep-directory-symlink", "--no-overwrite-dir", "--warning=no-timestamp",
@@ -78,8 +82,11 @@ class _Words:
         elif re.match(r"(E|Err|W)[:\d]|dpkg: error|.*[Ee]rror", text) and len(self.errors) < 200:
             self.errors.append(text)
 
-    def last(self, status: int) -> str:
-        return self.errors[-1] if self.errors else f"exit status {status}"
+    def best(self, status: int) -> str:
+        """Return the words that say best why it ended with `status`."""
+        # apt's first error is the cause; those after it only say who gave up because of it.
+        certain = [line for line in self.errors if line.startswith(("E: ", "dpkg: error"))]
+        return certain[0] if certain else (self.errors or [f"exit status {status}"])[-1]
 
 
 def build_template(
@@ -171,11 +178,12 @@ class _Builder:
         wanted = self.recipe.bootstrap
         return [
             "mmdebstrap", "--mode=root", "--format=directory", f"--variant={wanted.variant}",
-            "--include=" + ",".join(wanted.packages),
+            *([f"--include={','.join(wanted.packages)}"] if wanted.packages else []),
             # A container made of this template can install packages at once, without an update before.
             "--skip=cleanup/apt/lists", "--aptopt=Acquire::GzipIndexes \"true\"",
             "--aptopt=Acquire::Languages \"none\"", "--dpkgopt=force-unsafe-io",
             *[f'--aptopt={key} "{value}"' for key, value in host.job_options],
+            f"--customize-hook={_FORGET_OWN_FILES}",
             wanted.sources[0][0], _ROOTFS, "/etc/apt/sources.list",
         ]  # fmt: skip
 
@@ -191,10 +199,10 @@ class _Builder:
             )
         if _UNVERIFIED.search(text):
             return SysctrError(
-                f"cannot {self.doing}: the archive's signature cannot be verified ({words.last(status)})",
+                f"cannot {self.doing}: the archive's signature cannot be verified ({words.best(status)})",
                 hint="is this host's clock right, and its debian-archive-keyring up to date?",
             )
-        return SysctrError(f"cannot {self.doing}: {words.last(status)}", hint="the task's log has all of it")
+        return SysctrError(f"cannot {self.doing}: {words.best(status)}", hint="the task's log has all of it")
 
     def _run(self, building: str, name: str, script: str) -> None:
         words = _Words(self.task)
@@ -209,7 +217,7 @@ class _Builder:
         self.task.check()
         if status != 0:
             raise SysctrError(
-                f"cannot {self.doing}: step {name!r} failed: {words.last(status)}",
+                f"cannot {self.doing}: step {name!r} failed: {words.best(status)}",
                 hint="the task's log has all it said",
             )
 
@@ -229,7 +237,7 @@ class _Builder:
         if status != 0:
             if any("No space left on device" in line for line in words.errors):
                 raise NoSpace(f"cannot {self.doing}: no space left")
-            raise SysctrError(f"cannot {self.doing}: writing its files: {words.last(status)}")
+            raise SysctrError(f"cannot {self.doing}: writing its files: {words.best(status)}")
 
 
 def _write_inputs(inputs: str, host: apt.HostApt) -> None:
@@ -256,9 +264,7 @@ def _apt_members(host: apt.HostApt) -> list[tuple[tarfile.TarInfo, bytes]]:
     files = {
         "/etc/apt/sources.list": _sources_list(host.sources).encode(),
         "/etc/apt/apt.conf.d/70sysctr": "\n".join([*lines, ""]).encode(),
-        # What mmdebstrap set for its own run; ours replaces it.
-        "/etc/apt/apt.conf.d/99mmdebstrap": b"",
-        "/etc/dpkg/dpkg.cfg.d/99mmdebstrap": b"",
+        # mmdebstrap copies these from the host; who sets up a container writes them.
         "/etc/resolv.conf": b"",
         "/etc/hostname": b"",
     }
@@ -271,12 +277,14 @@ def _member_of(file: File) -> tuple[tarfile.TarInfo, bytes]:
     if not file.link:
         return _regular(file.path, file.mode, file.content.encode())
     member = tarfile.TarInfo(f".{file.path}")
+    member.mtime = int(time.time())
     member.type, member.linkname, member.mode = tarfile.SYMTYPE, file.link, 0o777
     return member, b""
 
 
 def _regular(path: str, mode: int, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
     member = tarfile.TarInfo(f".{path}")
+    member.mtime = int(time.time())
     member.size, member.mode = len(data), mode
     return member, data
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator
 
 from sysctr.errors import SysctrError
@@ -83,5 +84,6 @@ def applets(busybox: str) -> list[str]:
 
 def _member(name: str, kind: bytes, mode: int, *, size: int = 0, link: str = "") -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
+    member.mtime = int(time.time())
     member.type, member.mode, member.size, member.linkname = kind, mode, size, link
     return member

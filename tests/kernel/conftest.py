@@ -1,0 +1,43 @@
+"""A host of which only the supervisor runs, for what needs jobs and nothing else."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from sysctr.engine.job import JobRunner
+from sysctr.engine.plan import Idmap
+from sysctr.engine.supervisor import SupervisorClient
+from sysctr.errors import NoDaemon
+from sysctr.paths import Layout
+from tests import leaks
+from tests.wait import wait_until
+
+# Far above every range that a tool registers.
+JOB_IDMAP = Idmap(1_900_000_000, 65536)
+
+
+@pytest.fixture
+def layout(tmp_path) -> Layout:
+    """The paths of a host of this test's own."""
+    leaks.register(str(tmp_path))
+    return Layout(str(tmp_path))
+
+
+@pytest.fixture
+def jobs(layout) -> Iterator[JobRunner]:
+    """A runner of jobs under a supervisor of its own, which is gone afterwards."""
+    os.makedirs(f"{layout.run}/stage")
+    supervisor = SupervisorClient(layout)
+    supervisor.ensure()
+    yield JobRunner(supervisor, f"{layout.run}/stage", JOB_IDMAP, b"")
+    supervisor.quit()
+
+    def gone() -> bool:
+        try:
+            supervisor.hello()
+        except NoDaemon:
+            return True
+        return False
+
+    wait_until(gone)
