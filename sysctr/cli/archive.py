@@ -175,10 +175,7 @@ class _Extraction:
                 continue
             try:
                 parent_fd = self._open_parent(parts)
-                try:
-                    os.unlink(parts[-1], dir_fd=parent_fd)
-                except FileNotFoundError:
-                    pass
+                _make_room(parts[-1], parent_fd)
                 os.symlink(target, parts[-1], dir_fd=parent_fd)
             except OSError as error:
                 raise errors.SysctrError(f"cannot write {'/'.join(parts)}: {error.strerror}") from error
@@ -262,16 +259,20 @@ class _Extraction:
         source_fd = os.dup(self._open_parent(existing))
         try:
             parent_fd = self._open_parent(parts)
-            try:
-                os.unlink(parts[-1], dir_fd=parent_fd)
-            except FileNotFoundError:
-                pass
+            _make_room(parts[-1], parent_fd)
             os.link(
                 existing[-1], parts[-1], src_dir_fd=source_fd, dst_dir_fd=parent_fd, follow_symlinks=False
             )
         finally:
             os.close(source_fd)
         self._files.add(parts)
+
+
+def _make_room(name: str, parent_fd: int) -> None:
+    try:
+        os.unlink(name, dir_fd=parent_fd)
+    except FileNotFoundError:
+        pass
 
 
 def _copy(content: "IO[bytes]", fd: int) -> None:
