@@ -1,6 +1,7 @@
 """The ways into a container: exec, console, files. The daemon gives a ticket, the supervisor opens."""
 
 import os
+import re
 
 from sysctr.engine.host import Host
 from sysctr.engine.job import Task
@@ -57,8 +58,9 @@ class Doors:
         operation = request.get("op")
         if operation == "push":
             program = {"builtin": "untar", "path": _absolute(request["path"])}
-            owner = request.get("owner")
-            program |= {"owner": list(owner) if owner else None, "mode": request.get("mode")}
+            program |= {key: request.get(key) for key in ("names", "user", "group", "mode")}
+            if program["mode"] and not re.fullmatch("[0-7]{1,4}", program["mode"]):
+                raise UsageError(f"cannot use the mode {program['mode']!r}: it is not octal, such as 0644")
             streams = ["stdin"]
         elif operation == "pull":
             paths = request.get("paths") or [request.get("path")]

@@ -11,7 +11,7 @@ from sysctr.config import host as host_settings
 from sysctr.config import toml
 from sysctr.engine import lxcfs, seccomp
 from sysctr.engine.events import Bus
-from sysctr.engine.ids import BLOCK, IdRange, default_count
+from sysctr.engine.ids import default_count
 from sysctr.engine.job import JobRunner
 from sysctr.engine.live import Live, LiveTable
 from sysctr.engine.plan import Idmap
@@ -116,7 +116,7 @@ class Host:
 
     def jobs_for_templates(self) -> JobRunner:
         """Return what unpacks and builds templates, with ids no container has: the last block of the pool."""
-        block = reserved_ids(self.store.pool.ranges())
+        block = self.store.pool.template_block()
         return self._jobs(Idmap(block.first, block.count))
 
     def register_name(self, record: Record) -> None:
@@ -156,12 +156,6 @@ class Host:
         return JobRunner(self.supervisor, self.stage, idmap, self.seccomp)
 
 
-def reserved_ids(pool: "tuple[IdRange, ...]") -> IdRange:
-    """Return the block of the pool that no container gets, because templates are built with it."""
-    last = max(pool, key=lambda known: known.first)
-    return IdRange(last.end - BLOCK, BLOCK)
-
-
 def read_settings(where: Layout) -> host_settings.Host:
     """Return the host's settings; the defaults where the file does not exist."""
     try:
@@ -170,7 +164,7 @@ def read_settings(where: Layout) -> host_settings.Host:
     except FileNotFoundError:
         return host_settings.parse_host({})
     try:
-        return host_settings.parse_host(toml.read_versioned(text, host_settings.SCHEMA, ()))
+        return host_settings.parse_host(toml.read_host(text))
     except ConfigError as error:
         raise ConfigError(f"cannot read {where.host_config}: {error.message}", error.hint) from error
 

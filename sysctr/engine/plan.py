@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from sysctr.linux import mount
 from sysctr.runtime import steps
-from sysctr.runtime.child import DEFAULT_PATH
+from sysctr.runtime.accounts import DEFAULT_PATH
 from sysctr.storage.base import RootSpec
 
 CONTAINER_TYPE = "lxc"  # images of images.linuxcontainers.org look for exactly this

@@ -1,5 +1,6 @@
 """The daemon's way to its supervisor: each call is one conversation, safe from any thread."""
 
+import fcntl
 import os
 import select
 import socket
@@ -103,7 +104,8 @@ class SupervisorClient:
             return self.hello()
         except errors.NoDaemon:
             pass
-        _spawn_keeper(self._where)
+        if not _keeper_lives(self._where):
+            _spawn_keeper(self._where)
         deadline = time.monotonic() + _START_KEEPER_S
         pause = select.poll()
         while True:
@@ -239,6 +241,21 @@ def _supervised(container_id: int, state: dict) -> Supervised:
         container_id, state["pid"], state["start_time"], state["started"], state["running"], state["ready"],
         state["exit"], state["console"],
     )  # fmt: skip
+
+
+def _keeper_lives(where: Layout) -> bool:
+    """Tell whether a keeper, or a supervisor that outlived its keeper, holds the lock of both."""
+    try:
+        lock_fd = os.open(where.keeper_lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock_fd)
+    return False
 
 
 def _spawn_keeper(where: Layout) -> None:

@@ -2,6 +2,7 @@
 
 import time
 
+from sysctr import __version__
 from sysctr.cgroup.base import Usage
 from sysctr.config import schema
 from sysctr.engine import doctor
@@ -97,8 +98,9 @@ class View:
     def doctor(self) -> "list[dict]":
         """Check the host with what only the running daemon knows."""
         host = self._host
-        problems = [f"{problem.text}; {problem.hint}" for problem in host.network.problems()]
-        checks = [*doctor.run(host.where, host.network.bridge, problems), *self._damaged()]
+        problems = [(problem.detail, problem.hint) for problem in host.network.problems()]
+        versions = {"daemon": __version__, "supervisor": host.supervisor.hello()["version"]}
+        checks = [*doctor.run(host.where, host.network.bridge, problems, versions), *self._damaged()]
         return [
             {"check": c.name, "ok": c.state != "fail", "state": c.state, "detail": c.detail, "hint": c.hint}
             for c in checks
@@ -133,11 +135,12 @@ class View:
     def _booted(self, record: Record, live: Live | None) -> bool | None:
         if live is None:
             return None
-        # An init that does not speak the notify protocol never says that it is ready.
+        return live.ready if live.ready or self.tells_ready(record) else None
+
+    def tells_ready(self, record: Record) -> bool:
+        """Tell whether the container's init is one that says when it is ready."""
         template = self._host.template_of(record)
-        if not live.ready and (template is None or template.init_kind != "systemd"):
-            return None
-        return live.ready
+        return template is not None and template.init_kind == "systemd"
 
     def _veth(self, container_id: int, index: int) -> str:
         return self._host.where.veth(container_id, index)

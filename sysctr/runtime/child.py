@@ -11,8 +11,8 @@ import signal
 import socket
 
 from sysctr.linux import mount, process, tty
-from sysctr.linux.path import open_in_root
 from sysctr.runtime import steps, wire
+from sysctr.runtime.accounts import DEFAULT_PATH, find_user
 
 JOIN_NAMESPACES = (
     process.CLONE_NEWNS
@@ -22,8 +22,6 @@ JOIN_NAMESPACES = (
     | process.CLONE_NEWNET
     | process.CLONE_NEWCGROUP
 )
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_PASSWD_LIMIT_BYTES = 4 << 20
 
 
 class StepFailed(Exception):
@@ -182,7 +180,7 @@ def _start_program(program: dict) -> None:
         # Init: its environment is all in the plan, and no file of the guest has a say in how it starts.
         user = {"uid": 0, "gid": 0, "groups": [], "home": "/", "shell": "/bin/sh", "environment": {}}
     else:
-        user = _find_user(program.get("user", "root"))
+        user = find_user(program.get("user", "root"))
     environment = {"PATH": DEFAULT_PATH, **user["environment"], **program.get("environment", {})}
     argv = program["argv"] or [user["shell"]]
     executable = argv[0]
@@ -221,54 +219,6 @@ def _change_directory(directory: str, *, required: bool) -> None:
         if required:
             raise
         os.chdir("/")
-
-
-def _find_user(name: str) -> dict:
-    """Look a user up in the container's passwd and group files, by name or number, optionally `user:group`.
-
-    The files are parsed here: the C library's getpwnam would load the container's own libraries.
-    """
-    wanted, _, wanted_group = name.partition(":")
-    entry = next(
-        (e for e in _read_table("/etc/passwd", 7) if e[0] == wanted or (wanted.isdigit() and e[2] == wanted)),
-        None,
-    )
-    if entry is None and not wanted.isdigit() and wanted != "root":
-        raise LookupError(f"no user {wanted!r} in the container")
-    uid = int(entry[2]) if entry else int(wanted) if wanted.isdigit() else 0
-    gid = int(entry[3]) if entry else uid
-    account = entry[0] if entry else wanted
-    groups = [int(g[2]) for g in _read_table("/etc/group", 4) if account in g[3].split(",")]
-    if wanted_group:
-        found = next((g for g in _read_table("/etc/group", 4) if wanted_group in (g[0], g[2])), None)
-        if found is None and not wanted_group.isdigit():
-            raise LookupError(f"no group {wanted_group!r} in the container")
-        gid, groups = int(found[2]) if found else int(wanted_group), []
-    home = (entry[5] if entry else "") or ("/root" if uid == 0 else "/")
-    shell = (entry[6] if entry else "") or "/bin/sh"
-    return {
-        "uid": uid, "gid": gid, "groups": groups, "home": home, "shell": shell,
-        "environment": {"HOME": home, "USER": account, "LOGNAME": account, "SHELL": shell},
-    }  # fmt: skip
-
-
-def _read_table(path: str, columns: int) -> "list[list[str]]":
-    try:
-        root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        # Not blocking, for a FIFO in the place of the file; bounded, for a device or a bomb.
-        fd = open_in_root(root_fd, path, os.O_RDONLY | os.O_NONBLOCK)
-        os.close(root_fd)
-    except OSError:
-        return []
-    try:
-        text = os.read(fd, _PASSWD_LIMIT_BYTES).decode("utf-8", "surrogateescape")
-    except OSError:
-        return []
-    finally:
-        os.close(fd)
-    rows = [line.split(":") for line in text.splitlines()]
-    return [row for row in rows if len(row) >= columns and row[2].isdigit() and len(row[2]) < 10
-            and (columns != 7 or (row[3].isdigit() and len(row[3]) < 10))]  # fmt: skip
 
 
 def _load_builtin(program: dict):

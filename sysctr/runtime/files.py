@@ -4,6 +4,7 @@ So no symlink and no archive can reach the host, and nothing of the container's 
 functions run in a child of the supervisor, in a running container's mount namespace or in a job of their own.
 """
 
+import errno
 import functools
 import io
 import os
@@ -12,6 +13,7 @@ import stat
 import tarfile
 
 from sysctr.runtime import wire
+from sysctr.runtime.accounts import find_group, find_user
 
 _SHADOW_LIMIT_BYTES = 4 << 20
 _MODE_BITS = 0o7777
@@ -21,46 +23,64 @@ def untar(sync: socket.socket, program: dict) -> None:
     """Unpack the tar stream on standard input at program["path"], as cp would place what it holds.
 
     An existing directory receives the members; any other path becomes the name of the single top member.
-    program: path, owner ([uid, gid] or null: as in the stream), mode (an int for files, or null).
+    program: path, names (of the top members), user and group (names or numbers of the new owner, or null: as
+    in the stream), mode (octal text for files, or null).
     """
     destination = program["path"]
-    rename = "" if _is_directory(destination) else os.path.basename(destination.rstrip("/"))
-    directory = os.path.dirname(destination.rstrip("/")) or "/" if rename else destination
+    into = _is_directory(destination)
+    if not into and (destination.endswith("/") or len(program.get("names") or ()) > 1):
+        raise NotADirectoryError(errno.ENOTDIR, "not a directory", destination)
+    rename = "" if into else os.path.basename(destination)
+    directory = destination if into else os.path.dirname(destination) or "/"
     if not _is_directory(directory):
-        raise FileNotFoundError(2, "no such directory", directory)
+        raise FileNotFoundError(errno.ENOENT, "no such directory", directory)
+    owner = _owner(program)
+    mode = int(program["mode"], 8) & _MODE_BITS if program.get("mode") else None
     count = 0
     with tarfile.open(fileobj=io.FileIO(0, closefd=False), mode="r|*") as archive:
         for member in archive:
-            parts = [part for part in member.name.split("/") if part not in ("", ".")]
-            if ".." in parts or not parts:
-                raise ValueError(f"a member is called {member.name!r}")
-            if rename:
-                parts[0] = rename
-            member.name = "/".join(parts)
+            member.name = _placed(member.name, rename)
             if member.islnk():
-                link = [part for part in member.linkname.split("/") if part not in ("", ".")]
-                member.linkname = "/".join([rename, *link[1:]] if rename and link else link)
-            if program.get("owner"):
-                member.uid, member.gid = program["owner"]
-            if program.get("mode") is not None and member.isfile():
-                member.mode = program["mode"] & _MODE_BITS
+                member.linkname = _placed(member.linkname, rename)
+            member.uid = member.uid if owner[0] is None else owner[0]
+            member.gid = member.gid if owner[1] is None else owner[1]
+            if mode is not None and member.isfile():
+                member.mode = mode
             archive.extract(member, directory, numeric_owner=True)
             count += 1
     wire.send(sync, {"files": count})
 
 
+def _owner(program: dict) -> "tuple[int | None, int | None]":
+    user, group = program.get("user"), program.get("group")
+    found = find_user(user) if user else None
+    return (
+        found["uid"] if found else None,
+        find_group(group) if group else found["gid"] if found else None,
+    )
+
+
+def _placed(name: str, rename: str) -> str:
+    """Return where a member goes, below the directory and with the top one renamed."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts or not parts:
+        raise ValueError(f"a member is called {name!r}")
+    return "/".join([rename, *parts[1:]] if rename else parts)
+
+
 def tar(sync: socket.socket, program: dict) -> None:
     """Write program["paths"] as a tar stream to standard output, each under its base name.
 
-    What lies on another file system than its start (proc, a volume) is left out, and so are sockets.
+    A path that is a symlink itself is followed, inside this root; links below it stay links. What lies on
+    another file system than its start (proc, a volume) is left out, and so are sockets.
     """
-    paths = program["paths"]
-    for path in paths:
-        os.lstat(path)  # a path that is missing is told before a byte of the stream is written
+    # A path that is missing is told before a byte of the stream is written.
+    tops = [(path, os.path.realpath(path, strict=True)) for path in program["paths"]]
     with tarfile.open(fileobj=io.FileIO(1, "w", closefd=False), mode="w|", format=tarfile.PAX_FORMAT) as out:
-        for path in paths:
+        for path, real in tops:
             name = os.path.basename(os.path.normpath(path)) or "rootfs"
-            out.add(path, arcname=name, filter=functools.partial(_same_device, path, os.lstat(path).st_dev))
+            keep = functools.partial(_same_device, real, os.lstat(real).st_dev)
+            out.add(real, arcname=name, filter=keep)
 
 
 def _same_device(top: str, device: int, info: tarfile.TarInfo) -> "tarfile.TarInfo | None":
