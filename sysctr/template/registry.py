@@ -102,7 +102,7 @@ class Registry:
                 tree.write_file(f"{building}/template.json", record + "\n")
                 log_line("writing everything to the disk")
                 tree.sync_file_system(building)
-                self._refuse_existing(name)
+                # Fails where another task was faster: a directory that is not empty is never replaced.
                 os.rename(building, final)
                 undo.pop_all()
                 tree.sync_directory(self.directory)

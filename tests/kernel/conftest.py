@@ -24,13 +24,16 @@ def layout(tmp_path) -> Layout:
     return Layout(str(tmp_path))
 
 
-@pytest.fixture
-def jobs(layout) -> Iterator[JobRunner]:
-    """A runner of jobs under a supervisor of its own, which is gone afterwards."""
-    os.makedirs(f"{layout.run}/stage")
-    supervisor = SupervisorClient(layout)
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobRunner]:
+    """A runner of jobs under a supervisor of the module's own, which is gone afterwards."""
+    root = str(tmp_path_factory.mktemp("supervisor"))
+    leaks.register(root)
+    where = Layout(root)
+    os.makedirs(f"{where.run}/stage")
+    supervisor = SupervisorClient(where)
     supervisor.ensure()
-    yield JobRunner(supervisor, f"{layout.run}/stage", JOB_IDMAP, b"")
+    yield JobRunner(supervisor, f"{where.run}/stage", JOB_IDMAP, b"")
     supervisor.quit()
 
     def gone() -> bool:

@@ -165,6 +165,17 @@ def test_device_nodes_are_left_out_and_told(tmp_path, registry, jobs, task, busy
     assert "./dev/null" in told[0]
 
 
+def test_a_node_that_is_left_out_hides_no_other_failure(tmp_path, registry, jobs, task, busybox) -> None:
+    members = [
+        (member("./dev/null", tarfile.CHRTYPE, devmajor=1, devminor=3), b""),
+        (member("./home/hard", tarfile.LNKTYPE, "./home/gone"), b""),
+    ]
+    path = write(str(tmp_path / "a.tar"), members, busybox)
+    with pytest.raises(SysctrError, match="Cannot hard link"):
+        import_archive(registry, path, "one", run_job=jobs.run_tool, task=task)
+    assert nothing_left(registry)
+
+
 ATTACKS = {
     "absolute": [(member("/tmp/sysctr-escape"), b"x")],
     "dotdot": [(member("../../../../../tmp/sysctr-escape"), b"x")],
