@@ -159,7 +159,7 @@ class _JournalFormatter(logging.Formatter):
 
 def _set_up_logging(where: Layout, *, foreground: bool) -> None:
     # These would be looked up for every line, and nothing prints them.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler: logging.Handler
     if "JOURNAL_STREAM" in os.environ:
         handler = logging.StreamHandler()

@@ -258,7 +258,9 @@ def check_query(fields: tuple[Field, ...], query: Mapping[str, str]) -> dict[str
             raise UsageError(f"cannot read the request: there is no parameter {_shown(name)}", hint)
         if name in values:
             raise UsageError(f"cannot read the request: the parameter {name} is there twice")
-        values[name] = known[name].type.from_query(text, name)
+        type_ = known[name].type
+        assert isinstance(type_, Text | Number | Boolean), f"the parameter {name} cannot be read from text"
+        values[name] = type_.from_query(text, name)
     for field in fields:
         if field.required and field.name not in values:
             raise UsageError(f"cannot read the request: the parameter {field.name} is missing")

@@ -67,11 +67,12 @@ class Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note who connects; wait for the first request for a limited time."""
+        assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
         self.peer = wire.peer_credentials(transport.get_extra_info("socket"))
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(HEADER_TIMEOUT_S, transport.abort)
-        if len(self._manager.connections) > CONNECTIONS_LIMIT:
+        if self._manager is not None and len(self._manager.connections) > CONNECTIONS_LIMIT:
             log.warning("dropped a connection of uid %d: there are %d", self.peer[1], CONNECTIONS_LIMIT)
             transport.abort()
 
@@ -189,7 +190,8 @@ class Api:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        request.protocol.heard()
+        connection: Any = request.protocol
+        connection.heard()
         response = None
         # The path alone: a query could hold anything, a body passwords.
         shown = f"{request.method} {request.raw_path.partition('?')[0][:200]}"
@@ -197,7 +199,7 @@ class Api:
             response = await self._answer(request, shown)
         finally:
             if request.method != "GET":
-                pid, uid, _ = request.protocol.peer
+                pid, uid, _ = connection.peer
                 status = response.status if response is not None else "hung up"
                 log.info("%s by uid %d, pid %d: %s", shown, uid, pid, status)
         return response

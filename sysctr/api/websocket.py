@@ -88,7 +88,8 @@ async def _upgrade(request: web.BaseRequest) -> web.WebSocketResponse:
     if not response.can_prepare(request):
         raise UsageError("cannot open a websocket: this is not a websocket's request")
     await response.prepare(request)
-    request.protocol.patient = True
+    connection: Any = request.protocol
+    connection.patient = True
     return response
 
 

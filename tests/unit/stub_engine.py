@@ -27,7 +27,7 @@ class Engine:
     def __init__(self, where: Layout, bus: Bus, tasks: TaskRunner) -> None:
         self.where, self.bus, self.tasks = where, bus, tasks
         self.calls: list[tuple] = []
-        self.count = 3
+        self.count = int(os.environ.get("STUB_CONTAINERS", "3"))
         self.states: dict[str, str] = {}
         self.changed = threading.Condition()
         self.gate = threading.Event()
