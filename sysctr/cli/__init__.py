@@ -38,6 +38,7 @@ COMMANDS = {
     "template remove": ("template", "host", "remove templates"),
     "task list": ("task", "host", "list the tasks"),
     "task show": ("task", "host", "show a task and its log"),
+    "task wait": ("task", "host", "wait for tasks and report their end"),
     "task cancel": ("task", "host", "cancel tasks"),
     "daemon status": ("daemon", "host", "say whether the daemon runs"),
     "daemon start": ("daemon", "host", "start the daemon"),

@@ -2,7 +2,7 @@
 
 import sys
 
-from sysctr.cli.command import Command, for_each, json_option, quiet_option, words
+from sysctr.cli.command import Command, Selected, for_each, json_option, quiet_option, words
 from sysctr.cli.output import (
     duration,
     moment,
@@ -13,6 +13,7 @@ from sysctr.cli.output import (
     print_table,
     size,
 )
+from sysctr.cli.progress import finish, submit
 from sysctr.cli.table import Column
 from sysctr.cli.watch import print_log
 from sysctr.client import field, path
@@ -110,6 +111,19 @@ def _show(arguments: "argparse.Namespace", client: "Client") -> None:
         print_log(pieces, raw=False)
 
 
+def _wait_arguments(parser: "argparse.ArgumentParser") -> None:
+    words(parser.add_argument("tasks", metavar="TASK", nargs="+", help="id of a task"), "tasks")
+    json_option(parser)
+    quiet_option(parser)
+    parser.set_defaults(no_wait=False)
+
+
+def _wait(arguments: "argparse.Namespace", client: "Client") -> int:
+    chosen = [Selected(task, task) for task in arguments.tasks]
+    submitted = submit(chosen, lambda one: client.get(path("tasks", one.ref)))
+    return finish(client, submitted, arguments, lambda one: f"{one.label} is done")
+
+
 def _cancel_arguments(parser: "argparse.ArgumentParser") -> None:
     words(parser.add_argument("tasks", metavar="TASK", nargs="+", help="id of a task"), "tasks")
 
@@ -125,5 +139,6 @@ def _cancel(arguments: "argparse.Namespace", client: "Client") -> int:
 COMMANDS = {
     "task list": Command(_list_arguments, _list, examples=("sysctr task list --state running",)),
     "task show": Command(_show_arguments, _show, examples=("sysctr task show 7f3a09c1d2e4",)),
+    "task wait": Command(_wait_arguments, _wait, examples=("sysctr task wait 7f3a09c1d2e4",)),
     "task cancel": Command(_cancel_arguments, _cancel, examples=("sysctr task cancel 7f3a09c1d2e4",)),
 }

@@ -3,11 +3,11 @@
 import os
 
 from sysctr import errors
-from sysctr.cli.command import Command, Selected, for_each, json_option, quiet_option, task_options, words
+from sysctr.cli.command import Command, Selected, json_option, task_options, words
 from sysctr.cli.output import moment, plain, print_fields, print_json, print_table, size
 from sysctr.cli.progress import Submitted, finish, submit
 from sysctr.cli.settings import assignment
-from sysctr.cli.table import Column, neutralise
+from sysctr.cli.table import Column
 from sysctr.client import field, path
 
 TYPE_CHECKING = False
@@ -33,15 +33,20 @@ def _created(template: "dict[str, Any]") -> str:
     return moment(created) if isinstance(created, int | float) else plain(created) or "-"
 
 
+def _source(template: "dict[str, Any]") -> str:
+    source = template.get("source") or {}
+    return f"{source.get('kind', '')} {source.get('name', '')}".strip() or "-"
+
+
 def _row(template: "dict[str, Any]") -> "list[str]":
     return [
         template["name"],
-        plain(template.get("os")) or "-",
+        plain(template.get("os_name")) or plain(template.get("os_id")) or "-",
         plain(template.get("version")) or "-",
         plain(template.get("arch")) or "-",
         size(template.get("size_bytes")),
         _created(template),
-        plain(template.get("source")) or "-",
+        _source(template),
     ]
 
 
@@ -72,7 +77,9 @@ def _show(arguments: "argparse.Namespace", client: "Client") -> None:
         print_json(template)
         return
     shown = {**template, "size": size(template.get("size_bytes")), "created": _created(template)}
-    shown.pop("size_bytes", None)
+    shown |= {"source": _source(template), "used_by": ", ".join(template.get("used_by") or ())}
+    for key in ("size_bytes", "schema", "layer"):
+        shown.pop(key, None)
     print_fields([(name.replace("_", " "), plain(value)) for name, value in shown.items()])
 
 
@@ -139,15 +146,13 @@ def _make(
 def _remove_arguments(parser: "argparse.ArgumentParser") -> None:
     action = parser.add_argument("templates", metavar="TEMPLATE", nargs="+", help="name of a template")
     words(action, "templates")
-    quiet_option(parser)
+    task_options(parser)
 
 
 def _remove(arguments: "argparse.Namespace", client: "Client") -> int:
-    def remove(template: str) -> None:
-        client.request("DELETE", path("templates", template))
-        print(neutralise(template if arguments.quiet else f"removed {template}"))
-
-    return for_each(arguments.templates, remove)
+    chosen = [Selected(template, template) for template in arguments.templates]
+    submitted = submit(chosen, lambda one: client.request("DELETE", path("templates", one.ref)))
+    return finish(client, submitted, arguments, lambda one: f"removed {one.label}")
 
 
 COMMANDS = {

@@ -268,7 +268,7 @@ class Engine:
 
     def template_remove(self, name: str) -> Task:
         """Remove a template that no container uses."""
-        self._host.templates.get(name)
+        check_name(name)
         return self.tasks.submit(
             "template-remove", None,
             lambda _task: self._host.templates.remove(name, lambda: self._users(name)),
@@ -305,7 +305,11 @@ class Engine:
     # Helpers
 
     def _users(self, template: str) -> "list[str]":
-        return [record.name for record in self._host.store.list() if record.template == template]
+        """Return who stands on a template: recorded containers, and volumes whose record is still to come."""
+        records = self._host.store.list()
+        names = [record.name for record in records if record.template == template]
+        known = {record.volume for record in records}
+        return names + [v for v in self._host.storage.layer_users().get(template, ()) if v not in known]
 
     def _find(self, ref: str) -> Record:
         return self._host.store.find(ref)

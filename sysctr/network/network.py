@@ -156,6 +156,15 @@ class Network:
         self._addresses.release(ct_id, nic)
         self._publish(ct_id)
 
+    def addresses(self, ct_id: int) -> tuple[str, ...]:
+        """Return the addresses that a container's NICs hold, by the NICs' order."""
+        return tuple(ip for _, ip, _ in self._addresses.lease(ct_id).nics)
+
+    def all_addresses(self) -> dict[int, tuple[str, ...]]:
+        """Return the same of every container that holds any."""
+        leases = self._addresses.leases()
+        return {ct_id: tuple(ip for _, ip, _ in lease.nics) for ct_id, lease in leases.items()}
+
     def _publish(self, ct_id: int) -> None:
         if self._dns:
             with self._lock:
@@ -219,9 +228,13 @@ class Network:
             tx_packets=sum(link.rx_packets for link in found),
         )
 
+    def settle(self) -> None:
+        """Wait until the deletions under way are done."""
+        self._deleter.finish()
+
     def close(self) -> None:
-        """Finish the deletions under way and close the socket; nothing on the host changes by that."""
-        self._deleter.drain()
+        """Settle and close the socket; the network itself stays for the next daemon."""
+        self.settle()
         self._route.close()
 
     # Inside
@@ -317,32 +330,33 @@ class _Deleter:
     """Deletes links in a thread of its own, since the kernel takes its time for each."""
 
     def __init__(self) -> None:
-        self._links: queue.Queue[Link] = queue.Queue()
+        self._links: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def put(self, link: Link) -> None:
         """Delete a link soon."""
-        self._links.put(link)
         with self._lock:
+            self._links.put(link)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="link deleter", daemon=True)
                 self._thread.start()
 
-    def drain(self) -> None:
-        """Wait until all that was put is deleted."""
-        self._links.join()
+    def finish(self) -> None:
+        """Wait until all that was put is deleted; the next put() begins again."""
+        with self._lock:
+            if self._thread is not None:
+                self._links.put(None)
+                self._thread.join()
+                self._thread = None
 
     def _work(self) -> None:
         with Route.open() as route:
-            while True:
-                link = self._links.get()
+            while (link := self._links.get()) is not None:
                 try:
                     links.delete(route, link)
                 except OSError as error:
                     log.warning("cannot delete the link %s: %s", link.name, error)
-                finally:
-                    self._links.task_done()
 
 
 @contextlib.contextmanager
