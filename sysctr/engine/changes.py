@@ -8,6 +8,7 @@ from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import limits_of
 from sysctr.engine.record import Record
 from sysctr.errors import ConfigError, Refused
+from sysctr.network.addresses import random_mac
 
 
 class Changes:
@@ -39,6 +40,7 @@ class Changes:
         """Take `text` as the whole configuration, apply what can be applied, and say what waits."""
         host = self._host
         with host.tasks.hold(record.id, "configure", timeout_s=5):
+            text = with_macs(text)
             new = schema.parse_config(toml.read_container(text))
             old = record.config
             if old is not None:
@@ -76,3 +78,10 @@ class Changes:
         except ConfigError:
             return []
         return list(schema.diff_live(booted, record.config)[1])
+
+
+def with_macs(text: str) -> str:
+    """Return a configuration in which every card has a MAC address, so that it keeps it for good."""
+    config = schema.parse_config(toml.read_container(text))
+    missing = {f"net.{nic.index}.mac": random_mac() for nic in config.nets if not nic.mac}
+    return toml.edit(text, missing) if missing else text

@@ -7,12 +7,12 @@ from sysctr.cgroup.base import check_enforceable
 from sysctr.config import host as host_settings
 from sysctr.config import schema, toml, values
 from sysctr.engine import guest
+from sysctr.engine.changes import with_macs
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle, limits_of
 from sysctr.engine.record import Record, new_record
 from sysctr.engine.tasks import Task
 from sysctr.errors import Refused, UsageError, WrongState
-from sysctr.network.network import random_mac
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,7 @@ class Creation:
         changes |= schema.plain_changes(
             {f"environment.{key}": value for key, value in (spec.get("environment") or {}).items()}
         )
-        nets = spec.get("nets")
-        for index, net in enumerate(nets if nets is not None else [{"name": "eth0"}]):
+        for index, net in enumerate(spec.get("nets") or [{"name": "eth0"}]):
             changes |= schema.plain_changes({f"net.{index}": net})
         changes |= {"name": values.parse_name(spec["name"]), "template": template}
         if spec.get("tags"):
@@ -118,12 +117,8 @@ class Creation:
             )
 
     def _config_text(self, changes: dict) -> str:
-        draft = toml.edit(f"schema = {schema.SCHEMA}\n", changes)
-        config = schema.parse_config(toml.read_container(draft))
-        macs = {f"net.{nic.index}.mac": random_mac() for nic in config.nets if not nic.mac}
-        if macs:
-            config = schema.parse_config(toml.read_container(toml.edit(draft, macs)))
-        return toml.new_text(config)
+        text = with_macs(toml.edit(f"schema = {schema.SCHEMA}\n", changes))
+        return toml.new_text(schema.parse_config(toml.read_container(text)))
 
     def _refuse_unenforceable(self, record: Record) -> None:
         host = self._host
