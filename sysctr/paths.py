@@ -1,7 +1,7 @@
 """Every path and every host-wide name of an installation; SYSCTR_ROOT moves them all.
 
-Two installations on one machine share no bridge, table, cgroup, id range or socket, because each of these names carries the
-tag of its root. The CLI imports this module, so it imports little.
+Two installations on one machine share no bridge, table, cgroup, id range or socket, because each of these
+names carries the tag of its root. The CLI imports this module, so it imports little.
 """
 
 import os

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shutil
-import time
 
 from sysctr import __version__
 from sysctr.engine import guest
@@ -19,7 +18,7 @@ from sysctr.engine.live import Live
 from sysctr.engine.record import Record
 from sysctr.engine.tasks import Task, TaskRunner
 from sysctr.engine.view import View
-from sysctr.errors import NotFound, SysctrError, UsageError, WrongState
+from sysctr.errors import NotFound, UsageError, WrongState
 from sysctr.paths import Layout
 from sysctr.template.archive import import_archive
 from sysctr.template.base import check_name
@@ -133,14 +132,7 @@ class Engine:
     def upgrade_supervisor(self) -> dict:
         """Let the supervisor execute the code that is on disk now; containers do not notice."""
         self._host.supervisor.upgrade()
-        deadline = time.monotonic() + 10
-        before = time.time()
-        while True:
-            try:
-                return self._host.supervisor.ensure()
-            except SysctrError:
-                if time.monotonic() > deadline or time.time() < before:
-                    raise
+        return self._host.supervisor.ensure()
 
     def doctor(self) -> "list[dict]":
         """Check the host and say how to mend what is wrong."""

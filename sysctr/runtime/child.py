@@ -7,6 +7,7 @@ file, because the socket is close-on-exec.
 
 import errno
 import os
+import resource
 import signal
 import socket
 
@@ -24,6 +25,9 @@ JOIN_NAMESPACES = (
 )
 
 
+_OPEN_FILES = 1024
+
+
 class StepFailed(Exception):
     """A step of a plan failed; carries its number, the number of steps, its description and the reason."""
 
@@ -31,7 +35,7 @@ class StepFailed(Exception):
 def run_plan(sync: socket.socket, plan: dict) -> None:
     """Carry out a plan in a freshly cloned child and execute its program; never returns."""
     try:
-        _reset_signals()
+        _reset_process()
         process.close_all_but([sync.fileno(), *plan.get("stdio", ())])
         _enter_cgroups(plan)
         program = plan["program"]
@@ -72,7 +76,7 @@ def join_container(sync: socket.socket, pidfd: int, request: dict, stdio: "list[
     until its exec, so the container's root can neither ptrace it nor read its memory.
     """
     try:
-        _reset_signals()
+        _reset_process()
         process.close_all_but([sync.fileno(), pidfd, *stdio])
         process.prctl(process.PR_SET_DUMPABLE, 0)
         _enter_cgroups(request)
@@ -107,11 +111,17 @@ def join_container(sync: socket.socket, pidfd: int, request: dict, stdio: "list[
     os._exit(125)
 
 
-def _reset_signals() -> None:
+def _reset_process() -> None:
+    """Take back what the supervisor set for itself, and what a plain process does not inherit."""
     # Python ignores SIGPIPE and SIGXFSZ, and an ignored signal stays ignored over exec.
     for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # The soft limit every distribution's init expects; more makes old programs close a million descriptors.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, hard), hard))
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:
+        score.write("0")  # the daemon's own is lower, and descends through keeper and supervisor
 
 
 def _enter_cgroups(request: dict) -> None:
