@@ -260,10 +260,10 @@ class Unified:
         values: list[tuple[str, str | None, str, str]] = []
         if limits.cores is not None:
             self._adopt_cores()
-            values.append(("cpuset", self._cores.give(ct_id, limits.cores), "cpuset.cpus", "\n"))
+            values.append(("cpuset", self._cores.give(ct_id, limits.cores), "cpuset.cpus", ""))
         else:
             self._cores.release(ct_id)
-            values.append(("cpuset", None, "cpuset.cpus", "\n"))
+            values.append(("cpuset", None if fresh else self._all_cores(path), "cpuset.cpus", ""))
         quota = None if limits.cpus is None else f"{base.quota_usec(limits.cpus)} {base.CPU_PERIOD_USEC}"
         values.append(("cpu", quota, "cpu.max", f"max {base.CPU_PERIOD_USEC}"))
         values.append(("cpu", _text(limits.weight), "cpu.weight", "100"))
@@ -272,13 +272,22 @@ class Unified:
         values.append(("pids", _text(limits.pids), "pids.max", "max"))
         available = self.available
         for needed, value, name, none in values:
-            if needed not in available or (fresh and value is None):
+            if needed not in available or (value is None and (fresh or not none)):
                 continue
             try:
                 files.write(f"{path}/{name}", none if value is None else value)
             except OSError as error:
-                wanted = none.strip() if value is None else value
-                raise Refused(f"cannot set {name} of {ct_id} to {wanted}: {error.strerror}") from error
+                raise Refused(f"cannot set {name} of {ct_id} to {value or none}: {error.strerror}") from error
+
+    def _all_cores(self, path: str) -> str | None:
+        """Return what lifts a core limit, None when there is none to lift.
+
+        Emptying it would be the way, but 6.1 refuses that with ENOSPC where processes are.
+        """
+        with contextlib.suppress(OSError):
+            if files.read(f"{path}/cpuset.cpus").strip():
+                return base.format_cpu_list(self._online())
+        return None
 
     def _adopt_cores(self) -> None:
         if self._cores_known or "cpuset" not in self._enabled:
@@ -408,11 +417,12 @@ class Unified:
     def events(self, ct_id: int) -> Events:
         """Return how often the memory or process limit was hit."""
         path = self._existing(ct_id)
-        counts = {"oom_kill": 0, "max": 0}
-        for name, key in (("memory.events", "oom_kill"), ("pids.events", "max")):
-            with contextlib.suppress(FileNotFoundError):
-                counts[key] = files.flat(files.read(f"{path}/{name}")).get(key, 0)
-        return Events(oom_kills=counts["oom_kill"], pids_refused=counts["max"])
+        oom_kills = _count(path, "memory.events", "oom_kill")
+        refused = _count(path, "pids.events", "max")
+        if not refused:
+            # Before 6.11 a refused fork was counted where the process was and not where the limit is.
+            refused = sum(_count(below, "pids.events", "max") for below, _, _ in os.walk(f"{path}/ns"))
+        return Events(oom_kills=oom_kills, pids_refused=refused)
 
 
 def cpu_usec(text: str) -> int:
@@ -437,6 +447,13 @@ def io_bytes(text: str) -> tuple[int, int]:
         if key in sums:
             sums[key] += int(value)
     return sums["rbytes"], sums["wbytes"]
+
+
+def _count(path: str, name: str, key: str) -> int:
+    try:
+        return files.flat(files.read(f"{path}/{name}")).get(key, 0)
+    except FileNotFoundError:
+        return 0
 
 
 def _delegated_files() -> tuple[str, ...]:

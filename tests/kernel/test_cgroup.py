@@ -320,10 +320,13 @@ def test_a_container_runs_on_its_cores(bed: Bed) -> None:
     assert first.ask("cores") == str(online[:2])
     bed.driver.set_limits(101, Limits())
     assert first.ask("cores") == str(online)
-    # A daemon that was restarted still knows that the second has a core for itself.
+    # A daemon that was restarted knows which core the first one has for itself.
+    bed.driver.set_limits(101, Limits(cores=f"{online[0]}-{online[0]}"))
+    bed.driver.set_limits(102, Limits())
     again = open_driver(bed.layout)
-    again.set_limits(101, Limits(cores="1"))
+    again.set_limits(102, Limits(cores="1"))
     assert first.ask("cores") == str([online[0]])
+    assert second.ask("cores") == str([online[1]])
 
 
 def test_cores_that_are_not_there_are_refused(bed: Bed) -> None:

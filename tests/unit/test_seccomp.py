@@ -148,6 +148,11 @@ def test_the_newest_known_call_passes_and_so_does_a_tracers_skip(arch: int) -> N
     assert answer(arch, seccomp.NEWEST_CALL + 1, features=tuple(seccomp.FEATURES)) == errno.ENOSYS
 
 
+@pytest.mark.parametrize("arch", NUMBERS)
+def test_listns_of_linux_6_19_is_not_there_yet(arch: int) -> None:
+    assert answer(arch, 470) == errno.ENOSYS
+
+
 def test_x32_is_not_there() -> None:
     for number in (0, 41, 246, 515):
         assert answer(X86_64, X32 | number) == errno.ENOSYS
