@@ -56,7 +56,6 @@ class Host:
         self._seccomp: bytes | None = None
         self._seccomp_lock = threading.Lock()
         self._templates: dict[str, Template] = {}
-        self._lxcfs: list[tuple[str, str]] | None = None
         self._closing = False
         self._trash_wanted = threading.Event()
 
@@ -88,13 +87,12 @@ class Host:
 
     def lxcfs_binds(self) -> "list[tuple[str, str]]":
         """Return what lxcfs shows over /proc; nothing, where it is not installed."""
-        if self._lxcfs is None:
-            try:
-                self._lxcfs = list(lxcfs.ensure(self.where))
-            except SysctrError as error:
-                log.warning("containers see the host's cpu and memory: %s", error.message)
-                return []
-        return self._lxcfs
+        try:
+            # Asked at each start (it remembers for seconds): one that died must not be bound again.
+            return lxcfs.ensure(self.where)
+        except SysctrError as error:
+            log.warning("containers see the host's cpu and memory: %s", error.message)
+            return []
 
     def reload(self) -> None:
         """Read the settings again; what needs a restart of the daemon keeps its old value until then."""

@@ -68,8 +68,8 @@ class Lifecycle:
 
     def _note_boot(self, record: Record) -> None:
         # Written only when it differs: a start should not wait for a disk.
-        if record.boot_config != record.config_text or record.exit is not None:
-            self._host.store.update(record.id, boot_config=record.config_text, exit=None)
+        if record.boot_config != record.config_text:
+            self._host.store.update(record.id, boot_config=record.config_text)
 
     def _facts(self, record: Record) -> ContainerFacts:
         host = self._host

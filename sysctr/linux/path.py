@@ -48,6 +48,12 @@ def make_directory(root_fd: int, path: str, mode: int = 0o755) -> int:
 
     Raises KernelError ELOOP for a symlink on the way and ENOTDIR for a file.
     """
+    try:
+        # Nearly always it is there; one call instead of three for each part of the path.
+        return _open_directory(root_fd, path)
+    except KernelError as error:
+        if error.errno != errno.ENOENT:
+            raise
     current_fd = os.open(".", os.O_PATH | os.O_CLOEXEC, dir_fd=root_fd)
     for name in [part for part in path.split("/") if part not in ("", ".")]:
         try:
@@ -73,14 +79,14 @@ def make_file(root_fd: int, path: str, mode: int = 0o644) -> int:
 
     An existing object of any kind but a symlink is returned as it is: it serves as a mount target.
     """
+    try:
+        return open_without_links(root_fd, path, os.O_PATH)
+    except KernelError as error:
+        if error.errno != errno.ENOENT:
+            raise
     parent, _, name = path.rpartition("/")
     parent_fd = make_directory(root_fd, parent)
     try:
-        try:
-            return open_without_links(parent_fd, name, os.O_PATH)
-        except KernelError as error:
-            if error.errno != errno.ENOENT:
-                raise
         os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=parent_fd))
         return open_without_links(parent_fd, name, os.O_PATH)
     finally:

@@ -6,6 +6,7 @@ file, because the socket is close-on-exec.
 """
 
 import errno
+import gc
 import os
 import resource
 import signal
@@ -113,6 +114,7 @@ def join_container(sync: socket.socket, pidfd: int, request: dict, stdio: "list[
 
 def _reset_process() -> None:
     """Take back what the supervisor set for itself, and what a plain process does not inherit."""
+    gc.disable()
     # Python ignores SIGPIPE and SIGXFSZ, and an ignored signal stays ignored over exec.
     for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

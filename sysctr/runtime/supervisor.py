@@ -5,6 +5,7 @@ ticket that the daemon got, from anyone who may connect. One thread; a conversat
 lives as long as its connection, so a daemon that dies half-way leaves nothing half-made.
 """
 
+import gc
 import os
 import resource
 import signal
@@ -352,6 +353,8 @@ def main() -> int:
     # pidfd, console, notify socket and connections: some six descriptors for each container.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # What lives on is not looked at again, so that no collection in a child copies its pages.
+    gc.freeze()
     try:
         Supervisor(layout(), keeper).serve()
     except OSError as error:
