@@ -99,7 +99,7 @@ source_hash() {
     (
         cd "$CHECKOUT" || exit
         /usr/bin/python3 -I -V
-        find sysctr tui templates packaging/sysctr pyproject.toml -type f \
+        find sysctr templates packaging/sysctr pyproject.toml -type f \
             ! -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum
     ) | sha256sum | cut -c1-12
 }
