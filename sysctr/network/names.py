@@ -33,7 +33,7 @@ _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _USERS = ("dnsmasq", "nobody")
 _NAME = re.compile(r"[a-z0-9-]{1,63}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-_RETRY_S = 30
+_RETRY_S = 5
 _STOP_S = 2
 _RESOLV_CONF = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
 _RESOLVERS = 3  # MAXNS of resolv.conf(5)
@@ -87,14 +87,17 @@ class Names:
 
     def stop(self) -> None:
         """End the server and wait for its end."""
-        pid = self._pid()
-        if pid is not None:
+        text = _read(self._pid_file).strip()
+        if text.isascii() and text.isdigit():
+            # ESRCH: it ended long ago.
             with contextlib.suppress(KernelError):
-                pidfd = pidfd_open(pid)
+                pidfd = pidfd_open(int(text))
                 try:
-                    # Looked at again: what has the pidfd now cannot change any more.
-                    if self._is_ours(_command_line(pid)):
+                    if self._is_ours(_command_line(int(text))):
                         _end(pidfd)
+                    elif _is_dying(int(text)):
+                        # Its command line is gone, but maybe it still has the ports.
+                        _wait(pidfd)
                 finally:
                     os.close(pidfd)
         with contextlib.suppress(FileNotFoundError):
@@ -273,13 +276,23 @@ def _command_line(pid: int) -> list[str]:
         raise
 
 
+def _is_dying(pid: int) -> bool:
+    """Tell whether a process is a dnsmasq in the middle of its end."""
+    return not _command_line(pid) and _read(f"/proc/{pid}/comm") == f"{_PROGRAM}\n"
+
+
 def _end(pidfd: int) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         pidfd_send_signal(pidfd, number)
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        if poller.poll(_STOP_S * 1000):
+        if _wait(pidfd):
             return
+
+
+def _wait(pidfd: int) -> bool:
+    """Wait a moment for the end of a process; a pidfd is readable once its sockets are closed."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(_STOP_S * 1000))
 
 
 def _group_of(user: str) -> str:
@@ -296,7 +309,7 @@ def _read(path: str) -> str:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
 
 

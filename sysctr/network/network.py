@@ -272,9 +272,11 @@ class Network:
         try:
             create()
         except KernelError as error:
-            # Where there is no such link on the host, it is the name inside that exists.
-            if error.errno != errno.EEXIST or links.find(self._route, host_name) is None:
+            if error.errno != errno.EEXIST:
                 raise
+            if links.find(self._route, host_name) is None:
+                # It is the name inside that exists: of a NIC that was detached just now, or for good.
+                self.settle()
             self._retire(host_name)
             if links.find(self._route, host_name) is not None:
                 raise Refused(

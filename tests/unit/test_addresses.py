@@ -72,7 +72,7 @@ def test_an_exhausted_network_says_so(addresses: Addresses) -> None:
     small = IPv4Network("10.117.5.0/29")
     for ct_id in range(101, 106):
         addresses.allocate(small, ct_id, 0)
-    with pytest.raises(NoSpace, match="all of 10.117.5.0/29 are taken"):
+    with pytest.raises(NoSpace, match=r"all of 10\.117\.5\.0/29 are taken"):
         addresses.allocate(small, 106, 0)
     assert 106 not in addresses.leases()
     assert addresses.allocate(small, 105, 0).ip == "10.117.5.6", "who has one still starts"
