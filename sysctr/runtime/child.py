@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 
 from sysctr.linux import mount, process, tty
 from sysctr.runtime import steps, wire
@@ -49,6 +50,7 @@ def run_plan(sync: socket.socket, plan: dict) -> None:
         if plan.get("network"):
             _enter_network(sync)
         _become_root()
+        _close_imports()
         every = [steps.from_json(step) for step in (*plan["prepare"], *plan.get("enter", ()))]
         prepare = len(plan["prepare"])
         _execute(every, range(prepare), context)
@@ -86,6 +88,7 @@ def join_container(sync: socket.socket, pidfd: int, request: dict, stdio: "list[
         process.setns(pidfd, process.CLONE_NEWUSER)
         _become_root()
         process.prctl(process.PR_SET_DUMPABLE, 0)
+        _close_imports()
         if builtin:
             process.setns(pidfd, process.CLONE_NEWNS)
             _set_stdio(stdio)
@@ -124,6 +127,12 @@ def _reset_process() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, hard), hard))
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:
         score.write("0")  # the daemon's own is lower, and descends through keeper and supervisor
+
+
+def _close_imports() -> None:
+    """Let nothing be imported from here on: the files below sys.path are the container's now, not ours."""
+    sys.meta_path.clear()
+    sys.path.clear()
 
 
 def _enter_cgroups(request: dict) -> None:

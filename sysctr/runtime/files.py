@@ -4,16 +4,23 @@ So no symlink and no archive can reach the host, and nothing of the container's 
 functions run in a child of the supervisor, in a running container's mount namespace or in a job of their own.
 """
 
+import bz2  # noqa: F401 - tarfile imports these three when it meets such a stream, which is too late
 import errno
 import functools
 import io
+import lzma  # noqa: F401
 import os
 import socket
 import stat
 import tarfile
+import zlib  # noqa: F401
 
 from sysctr.runtime import wire
 from sysctr.runtime.accounts import find_group, find_user
+
+# It would ask the C library for the names of owners, and that loads the libraries which the container's
+# nsswitch.conf names (CVE-2019-14271). Members carry numbers; names are looked up in `accounts`.
+tarfile.pwd = tarfile.grp = None  # type: ignore[attr-defined]
 
 _SHADOW_LIMIT_BYTES = 4 << 20
 _MODE_BITS = 0o7777
@@ -38,6 +45,8 @@ def untar(sync: socket.socket, program: dict) -> None:
     mode = int(program["mode"], 8) & _MODE_BITS if program.get("mode") else None
     count = 0
     with tarfile.open(fileobj=io.FileIO(0, closefd=False), mode="r|*") as archive:
+        # The root around us is what keeps a member inside; from 3.14 on the default would drop owners too.
+        archive.extraction_filter = lambda member, _path: member
         for member in archive:
             member.name = _placed(member.name, rename)
             if member.islnk():
