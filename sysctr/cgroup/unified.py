@@ -99,7 +99,7 @@ class Unified:
             if self._prepared and os.path.isdir(self.root):
                 return
             with contextlib.suppress(FileExistsError):
-                os.mkdir(self.root, 0o755)
+                files.make_directory(self.root, 0o755)
             offered = frozenset(self._offered())
             # Twice: until ours holds a controller in its own subtree_control, systemd may take it from the
             # root's in between.
@@ -138,7 +138,7 @@ class Unified:
             return
         leaf = f"{self.root}.init"
         with contextlib.suppress(FileExistsError):
-            os.mkdir(leaf, 0o755)
+            files.make_directory(leaf, 0o755)
         # Some are forking: a few rounds, then the error of the next write says it.
         for _ in range(10):
             pids = files.read(f"{self.mount}/cgroup.procs").split()
@@ -157,12 +157,12 @@ class Unified:
         base.check_enforceable(ct_id, limits, self.available)
         path = self._path(ct_id)
         try:
-            os.mkdir(path, 0o755)
+            files.make_directory(path, 0o755)
         except FileExistsError:
             if files.flat(files.read(f"{path}/cgroup.events")).get("populated"):
                 raise WrongState(f"cannot create the cgroup of {ct_id}: there are processes in it") from None
             self.destroy(ct_id)
-            os.mkdir(path, 0o755)
+            files.make_directory(path, 0o755)
         with contextlib.ExitStack() as undo:
             undo.callback(self.destroy, ct_id)
             try:
@@ -170,7 +170,7 @@ class Unified:
                 if self._enabled:
                     self._enable(path, self._enabled)
                 self._write_limits(ct_id, limits, fresh=True)
-                os.mkdir(f"{path}/ns", 0o775)
+                files.make_directory(f"{path}/ns", 0o775)
                 self._hand_over(f"{path}/ns", root_uid, root_uid if root_gid is None else root_gid)
             except OSError as error:
                 raise SysctrError(f"cannot create the cgroup of {ct_id}: {error}") from error
@@ -195,7 +195,7 @@ class Unified:
         payload = f"{self._existing(ct_id)}/ns"
         leaf = f"{payload}/{EXEC_LEAF}"
         try:
-            os.mkdir(leaf, 0o775)
+            files.make_directory(leaf, 0o775)
         except FileExistsError:
             pass
         except OSError as error:

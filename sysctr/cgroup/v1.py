@@ -46,7 +46,7 @@ class Hierarchy:
     def prepare(self) -> None:
         """Make our directory; idempotent."""
         with contextlib.suppress(FileExistsError):
-            os.mkdir(self.root, 0o755)
+            files.make_directory(self.root, 0o755)
         if "cpuset" in self.controllers and not files.read(f"{self.root}/cpuset.mems").strip():
             # A v1 cpuset without cores and memory nodes takes no process. clone_children lets the directory
             # of each container be born with those of this one, which saves two writes at every start.
@@ -57,10 +57,10 @@ class Hierarchy:
     def create(self, ct_id: int, timeout_s: float = 10) -> None:
         """Make a container's directory, without what an earlier run may have left in it."""
         try:
-            os.mkdir(self.path(ct_id), 0o755)
+            files.make_directory(self.path(ct_id), 0o755)
         except FileExistsError:
             self.destroy(ct_id, timeout_s)
-            os.mkdir(self.path(ct_id), 0o755)
+            files.make_directory(self.path(ct_id), 0o755)
 
     def destroy(self, ct_id: int, timeout_s: float) -> None:
         """Kill what is left here and remove the directory; no error when there is none."""

@@ -199,7 +199,7 @@ def alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -222,6 +222,19 @@ def test_a_placed_process_is_in_every_tree(bed: Bed) -> None:
         elif {"cpu", "memory", "pids", "cpuset", "cpuacct", "blkio"} & set(controllers.split(",")):
             assert path.endswith(f"/{bed.layout.cgroup}/101")
     assert bed.driver.pids(101) == [child.pid]
+
+
+def test_a_strict_umask_hides_no_cgroup_from_the_container(bed: Bed) -> None:
+    """Linux 6.1 mounts cgroup2 only for who may search all directories above the root that it will show."""
+    before = os.umask(0o077)
+    try:
+        bed.driver.create(101, Limits(), ROOT_UID)
+        bed.driver.exec_placement(101)
+    finally:
+        os.umask(before)
+    found = [path for tree in trees(bed) for path, _, _ in os.walk(tree)]
+    assert any(path.endswith(f"/101/ns/{EXEC_LEAF}") for path in found)
+    assert [path for path in found if os.stat(path).st_mode & 0o755 != 0o755] == []
 
 
 def test_a_child_can_be_born_in_its_place(bed: Bed) -> None:
