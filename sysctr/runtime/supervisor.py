@@ -95,10 +95,14 @@ class Supervisor:
                 connection, _ = listener.accept()
             except OSError:
                 return
-            connection.settimeout(5)  # for sending to a peer that does not read; receiving waits in the loop
-            self.loop.watch(connection.fileno(), lambda _e: self._on_connection(connection, handler))
+            # A peer that does not read loses its connection; nobody waits for it.
+            connection.setblocking(False)
+            self._watch(connection, handler)
 
         return accept
+
+    def _watch(self, connection: socket.socket, handler) -> None:
+        self.loop.watch(connection.fileno(), lambda _events: self._on_connection(connection, handler))
 
     def _on_connection(self, connection: socket.socket, handler) -> None:
         try:
@@ -146,7 +150,9 @@ class Supervisor:
             if "container" in message["plan"]:
                 self.refuse_second_mount(message["plan"]["container"], "work on the files of")
             stdio, fds[:] = list(fds), []
-            self._start_session(connection, lambda session: session.run_plan(message["plan"], stdio))
+            self._start_session(
+                connection, self._on_plan_message, lambda session: session.run_plan(message["plan"], stdio)
+            )
         elif operation == "ticket":
             self._answer(connection, {"ticket": self._new_ticket(message["request"])})
         elif operation == "signal":
@@ -221,12 +227,20 @@ class Supervisor:
         elif request.get("plan"):
             self.refuse_second_mount(request["plan"]["container"], "work on the files of")
             streams = {"streams": request["streams"]}
-            self._start_session(connection, lambda session: session.run_plan(request["plan"], [], streams))
+            self._start_session(
+                connection,
+                self._on_ticket_message,
+                lambda session: session.run_plan(request["plan"], [], streams),
+            )
         else:
             container = self._container(request["id"])
-            self._start_session(connection, lambda session: session.join(container.pidfd, request["request"]))
+            self._start_session(
+                connection,
+                self._on_ticket_message,
+                lambda session: session.join(container.pidfd, request["request"]),
+            )
 
-    def _start_session(self, connection: socket.socket, start) -> None:
+    def _start_session(self, connection: socket.socket, handler, start) -> None:
         self.loop.forget(connection.fileno())
         session = Session(self.loop, connection, self._sessions.discard)
         self._sessions.add(session)
@@ -234,9 +248,7 @@ class Supervisor:
             start(session)
         except BaseException:
             self._sessions.discard(session)
-            self.loop.watch(
-                connection.fileno(), lambda _e: self._on_connection(connection, self._on_ticket_message)
-            )
+            self._watch(connection, handler)
             raise
 
     def _attach_console(self, connection: socket.socket, container: Container, request: dict) -> None:
