@@ -62,10 +62,8 @@ class Creation:
             undo.callback(host.storage.destroy, record.volume)
             undo.callback(host.network.release, number)
             host.network.ensure()
-            for nic in record.config.nets:
-                # Now, so that a taken address is told before anything runs.
-                if nic.ip != "manual" and nic.bridge in ("", host.network.bridge):
-                    host.network.allocate(number, nic.index, None if nic.ip == "managed" else nic.ip)
+            # Now, so that a taken address is told before anything runs.
+            host.network.enroll(number, record.config.name, record.config.nets)
             password = spec.get("password")
             hashed = guest.hash_password(password) if password else None
             work = guest.login_setup(spec.get("ssh_keys") or (), hashed)
@@ -76,7 +74,6 @@ class Creation:
             task.check()
             host.store.create(record)
             undo.pop_all()
-        host.register_name(record)
         host.bus.publish("container", id=number, change="created")
         if spec.get("start"):
             task.step("starting")

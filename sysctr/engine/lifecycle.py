@@ -44,6 +44,8 @@ class Lifecycle:
             raise WrongState(f"cannot start {container_id}: its end is still being put away")
         record = host.store.load(container_id)
         record.usable("start")
+        # Cheap where nothing is missing; it puts back what a reload of the host's own firewall took.
+        host.network.ensure()
         with ExitStack() as undo:
             placement = host.cgroups.create(container_id, limits_of(record), record.idmap_first)
             undo.callback(self.quietly, host.cgroups.destroy, container_id)
