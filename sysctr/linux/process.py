@@ -1,6 +1,8 @@
 """Processes: namespaces, clone3, pidfds, credentials, and the one way external programs are run."""
 
+import contextlib
 import ctypes
+import os
 import signal
 import struct
 
@@ -97,6 +99,25 @@ def pidfd_open(pid: int) -> int:
 def pidfd_send_signal(pidfd: int, signal_number: int) -> None:
     """Send a signal to exactly the process the pidfd stands for."""
     check(syscall.call(syscall.PIDFD_SEND_SIGNAL, pidfd, signal_number, None, 0), "pidfd_send_signal")
+
+
+def ended_status(pid: int) -> int | None:
+    """Return the wait status of a child that ended, which stays to be reaped; None while it runs.
+
+    Raises ChildProcessError for a process that is not our child.
+    """
+    info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if info is None:
+        return None
+    if info.si_code == os.CLD_EXITED:
+        return (info.si_status & 0xFF) << 8
+    return info.si_status | (0x80 if info.si_code == os.CLD_DUMPED else 0)
+
+
+def reap(pid: int) -> None:
+    """Let go of a child that ended; one that is not (or no longer) ours is no error."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:

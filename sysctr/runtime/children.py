@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sysctr.linux import mount, process
 from sysctr.runtime import child, wire
 from sysctr.runtime.loop import Loop
+from sysctr.runtime.notify import reap_later
 
 _NAMESPACES = (
     process.CLONE_NEWUSER
@@ -43,6 +44,9 @@ class Child:
         self._on_exec = on_exec
         self._on_exit = on_exit
         self.failed = False
+        # Nothing that happens in a container may make this process wait: its root can freeze a child that is
+        # about to enter it, as its cgroup is delegated.
+        sync.setblocking(False)
         loop.watch(sync.fileno(), self._on_sync)
         loop.watch(pidfd, self._on_pidfd)
 
@@ -64,44 +68,55 @@ class Child:
     def watch_other(self, pid: int, pidfd: int) -> None:
         """Wait for another process instead: the one that was born inside the pid namespace."""
         self._loop.forget(self.pidfd)
-        os.close(self.pidfd)
-        try:
-            os.waitpid(self.pid, 0)  # it ends right after it told us, so this does not wait long
-        except ChildProcessError:
-            pass
+        reap_later(self._loop, self.pid, self.pidfd)
         self.pid, self.pidfd = pid, pidfd
         self._loop.watch(pidfd, self._on_pidfd)
 
     def _on_sync(self, _events: int) -> None:
+        self._take_message()
+
+    def _take_message(self) -> bool:
+        """Take what the child said; False when there is nothing (more)."""
         if self._sync is None:
-            return
+            return False
         try:
             message, fds = wire.receive(self._sync)
+        except BlockingIOError:
+            return False
         except (wire.WireError, OSError):
             self._close_sync()
             if not self.failed:
                 self._on_exec()
-            return
+            return False
         kind = next((k for k in ("failed", "network", "prepared", "terminal", "started", "running")
                      if k in message), "")  # fmt: skip
         if kind == "failed":
             self.failed = True
         self._on_message(kind, message, fds)
+        return True
 
     def _on_pidfd(self, _events: int) -> None:
+        pid = self.pid
         try:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            status = process.ended_status(pid)
         except ChildProcessError:
-            pid, status = self.pid, -1
-        if not pid:
+            status = -1
+        if status is None:
             return
         # What it said last may still lie in the socket: a failure is read before the exit is told.
-        while self._sync is not None:
-            self._on_sync(0)
+        while self._take_message():
+            pass
+        if self.pid != pid:
+            return  # its last word was that another process is the one to wait for
+        self._close_sync()
         self._loop.forget(self.pidfd)
         os.close(self.pidfd)
         self.pidfd = -1
-        self._on_exit(status)
+        # Reaped when its end is on record: if we die in between, the keeper reaps it and tells the next one.
+        try:
+            self._on_exit(status)
+        finally:
+            process.reap(pid)
 
     def _close_sync(self) -> None:
         if self._sync is not None:

@@ -1,18 +1,20 @@
 """A container's console: what init printed last is kept in a ring file, and passed on to who is attached."""
 
-import mmap
 import os
 import socket
 import struct
 from collections.abc import Callable
 
 from sysctr.runtime import wire
-from sysctr.runtime.loop import Loop
+from sysctr.runtime.loop import Budget, Loop
 
 RING_BYTES = 256 * 1024
 _HEADER_BYTES = 16
-# What one turn of the loop reads of one console, so that a flood on one leaves time for the others.
+# What one turn of the loop reads of one console, and what it may say in a second: a flood on one leaves time
+# for the others, and its writer waits, as at a serial line.
 _TURN_BYTES = 64 * 1024
+_BYTES_PER_S = 8 << 20
+_WINDOW_S = 0.1
 
 
 class Ring:
@@ -24,36 +26,37 @@ class Ring:
                 os.unlink(path)
             except FileNotFoundError:
                 pass
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        # Written by calls and not mapped: on a full disk a call fails, and a mapping is a SIGBUS.
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, _HEADER_BYTES + RING_BYTES)
-            self._map = mmap.mmap(fd, _HEADER_BYTES + RING_BYTES)
-        finally:
-            os.close(fd)
+            os.ftruncate(self._fd, _HEADER_BYTES + RING_BYTES)
+            self._total = struct.unpack("=Q", os.pread(self._fd, 8, 0))[0]
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def write(self, data: bytes) -> None:
-        """Append data, over the oldest."""
-        (total,) = struct.unpack_from("=Q", self._map, 0)
-        position = total % RING_BYTES
-        total += len(data)
+        """Append data, over the oldest; raises OSError on a full disk."""
+        total = self._total + len(data)
         data = data[-RING_BYTES:]
         position = (total - len(data)) % RING_BYTES
         first = data[: RING_BYTES - position]
-        self._map[_HEADER_BYTES + position : _HEADER_BYTES + position + len(first)] = first
-        rest = data[len(first) :]
-        self._map[_HEADER_BYTES : _HEADER_BYTES + len(rest)] = rest
-        struct.pack_into("=Q", self._map, 0, total)
+        os.pwrite(self._fd, first, _HEADER_BYTES + position)
+        if len(first) < len(data):
+            os.pwrite(self._fd, data[len(first) :], _HEADER_BYTES)
+        os.pwrite(self._fd, struct.pack("=Q", total), 0)
+        self._total = total
 
     def read(self) -> bytes:
         """Return what is kept, oldest first."""
-        return ring_content(self._map)
+        return ring_content(os.pread(self._fd, _HEADER_BYTES + RING_BYTES, 0))
 
     def close(self) -> None:
-        """Unmap the file, which stays."""
-        self._map.close()
+        """Close the file, which stays."""
+        os.close(self._fd)
 
 
-def ring_content(image: "bytes | mmap.mmap") -> bytes:
+def ring_content(image: bytes) -> bytes:
     """Return the output that the bytes of a ring file hold, oldest first."""
     if len(image) < _HEADER_BYTES + RING_BYTES:
         return b""
@@ -71,6 +74,7 @@ class Console:
         self.master_fd = master_fd
         self._ring = ring
         self._clients: list[tuple[socket.socket, Callable[[dict], None]]] = []
+        self._budget = Budget(int(_BYTES_PER_S * _WINDOW_S), _WINDOW_S)
         os.set_blocking(master_fd, False)
         loop.watch(master_fd, self._on_output)
 
@@ -107,30 +111,35 @@ class Console:
         self._ring.close()
 
     def _on_output(self, _events: int) -> None:
-        if not self._read_output():
-            # EIO: no slave is open. Init may open it again, so this is the end only when init ends; until
-            # then polling would spin, so the descriptor is looked at again in a while.
+        count = self._read_output()
+        # None is EIO: no slave is open. Init may open it again, so this is the end only when init ends; until
+        # then polling would spin, so the descriptor is looked at again in a while.
+        pause_s = 0.2 if count is None else self._budget.spend(count)
+        if pause_s:
             self._loop.forget(self.master_fd)
-            self._loop.after(0.2, self._look_again)
+            self._loop.after(pause_s, self._look_again)
 
     def _look_again(self) -> None:
         if self.master_fd >= 0:
             self._loop.watch(self.master_fd, self._on_output)
 
-    def _read_output(self) -> bool:
-        """Take what is there; False when the slave side is closed."""
+    def _read_output(self) -> int | None:
+        """Take what is there and return how much that was; None when the slave side is closed."""
         try:
             data = os.read(self.master_fd, _TURN_BYTES)
         except BlockingIOError:
-            return True
+            return 0
         except OSError:
-            return False
+            return None
         if not data:
-            return False
-        self._ring.write(data)
+            return None
+        try:
+            self._ring.write(data)
+        except OSError:
+            pass  # a full disk: what is said now cannot be kept, but who looks on still sees it
         for client, _ in list(self._clients):
             self._pass_on(client, data)
-        return True
+        return len(data)
 
     def _pass_on(self, client: socket.socket, data: bytes) -> None:
         try:

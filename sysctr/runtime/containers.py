@@ -2,13 +2,14 @@
 
 import os
 import socket
-import struct
 import time
 
 from sysctr.linux import process
 from sysctr.runtime import wire
+from sysctr.runtime.begin import log
 from sysctr.runtime.children import Child, clone_for_plan
 from sysctr.runtime.console import Console, Ring
+from sysctr.runtime.notify import NotifySocket, discard
 from sysctr.runtime.records import open_if_alive
 from sysctr.runtime.sessions import failure_error
 
@@ -20,7 +21,6 @@ UNKNOWN_STATUS = -1
 _SIGKILL = 9
 # How long the keeper may take to tell how a process ended that a dead supervisor had started.
 _KEEPER_GRACE_S = 2.0
-_NOTIFY_BYTES = 4096
 
 
 class Container:
@@ -39,7 +39,7 @@ class Container:
         self.ready = False
         self.exit_status: int | None = None
         self.console: Console | None = None
-        self._notify: socket.socket | None = None
+        self._notify: NotifySocket | None = None
 
     @classmethod
     def adopt(cls, supervisor: "Supervisor", container_id: int, record: dict, kept: "dict[str, int]") -> None:
@@ -53,27 +53,37 @@ class Container:
         if record.get("exit") is not None:
             container.running = False
             container.exit_status = record["exit"]
-            wire.close_all(list(kept.values()))
+            container.let_go(kept)
         elif pidfd < 0:
-            wire.close_all(list(kept.values()))
-            status = supervisor.take_unclaimed_exit(pid)
-            container.on_exit(UNKNOWN_STATUS if status is None else status)
+            container.let_go(kept)
+            container.on_exit(supervisor.exits.get(pid, UNKNOWN_STATUS))
         else:
-            container.take_descriptors(kept, fresh=False)
+            try:
+                container.take_descriptors(kept, fresh=False)
+            except OSError as error:
+                log(f"{container_id}: its console is lost: {error}", 3)
             supervisor.loop.watch(pidfd, container._on_pidfd)
 
     def take_descriptors(self, fds: "dict[str, int]", *, fresh: bool) -> None:
-        """Serve the console and the notify socket from now on."""
+        """Serve the console and the notify socket from now on; raises OSError, and has closed them then."""
         supervisor = self._supervisor
         if "console" in fds:
-            ring = Ring(f"{supervisor.where.consoles}/{self.id}.ring", fresh=fresh)
+            try:
+                ring = Ring(f"{supervisor.where.consoles}/{self.id}.ring", fresh=fresh)
+            except OSError:
+                self.let_go(fds)
+                raise
             self.console = Console(supervisor.loop, fds["console"], ring)
         if "notify" in fds:
-            self._notify = socket.socket(fileno=fds["notify"])
-            self._notify.setblocking(False)
-            supervisor.loop.watch(fds["notify"], self._on_notify)
+            self._notify = NotifySocket(supervisor.loop, fds["notify"], self.pid, self._on_ready)
         if fresh:
             supervisor.tell_keeper({"keep": self.id, "names": list(fds)}, list(fds.values()))
+
+    def let_go(self, fds: "dict[str, int]") -> None:
+        """Close the descriptors of a container that has ended."""
+        if "notify" in fds:
+            discard(self._supervisor.loop, fds.pop("notify"))
+        wire.close_all(list(fds.values()))
 
     def state(self) -> dict:
         """Return what the daemon is told about this container."""
@@ -83,8 +93,14 @@ class Container:
         }  # fmt: skip
 
     def write_record(self) -> None:
-        """Write down what a next supervisor needs."""
+        """Write down what a next supervisor needs; raises OSError."""
         self._supervisor.records.write(self.id, self.state())
+
+    def _note_change(self) -> None:
+        try:
+            self.write_record()
+        except OSError as error:
+            log(f"{self.id}: cannot write its record: {error}", 3)
 
     def kill(self, signal_number: int) -> None:
         """Send a signal to init."""
@@ -97,7 +113,7 @@ class Container:
         self.running = False
         self.exit_status = status
         self.release()
-        self.write_record()
+        self._note_change()
         self._supervisor.tell_keeper({"drop": self.id})
         self._supervisor.publish({"event": "exited", "id": self.id, "status": status})
 
@@ -107,7 +123,6 @@ class Container:
             self.console.close()
             self.console = None
         if self._notify is not None:
-            self._supervisor.loop.forget(self._notify.fileno())
             self._notify.close()
             self._notify = None
         if self.pidfd >= 0:
@@ -118,39 +133,21 @@ class Container:
     def _on_pidfd(self, _events: int) -> None:
         """See the end of an adopted init: our own child after an upgrade, else the keeper's to reap."""
         try:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
+            status = process.ended_status(self.pid)
+            if status is not None:
                 self.on_exit(status)
+                process.reap(self.pid)
             return
         except ChildProcessError:
             pass
-        known = self._supervisor.take_unclaimed_exit(self.pid)
-        if known is not None:
-            self.on_exit(known)
-            return
         self._supervisor.loop.forget(self.pidfd)
         grace_s = _KEEPER_GRACE_S if self._supervisor.keeper is not None else 0.0
         self._supervisor.loop.after(grace_s, lambda: self.on_exit(UNKNOWN_STATUS))
 
-    def _on_notify(self, _events: int) -> None:
-        try:
-            data, ancillary, _, _ = self._notify.recvmsg(
-                _NOTIFY_BYTES, socket.CMSG_SPACE(12) + socket.CMSG_SPACE(64), socket.MSG_CMSG_CLOEXEC
-            )
-        except OSError:
-            return
-        sender = 0
-        for level, kind, content in ancillary:
-            if level != socket.SOL_SOCKET:
-                continue
-            if kind == socket.SCM_CREDENTIALS and len(content) >= 12:
-                sender = struct.unpack("iII", content[:12])[0]
-            elif kind == socket.SCM_RIGHTS:
-                wire.close_all(list(memoryview(content[: len(content) // 4 * 4]).cast("i")))
-        # Any process inside can write here; only init speaks for the container.
-        if sender == self.pid and b"READY=1" in data.split(b"\n") and not self.ready:
+    def _on_ready(self) -> None:
+        if not self.ready:
             self.ready = True
-            self.write_record()
+            self._note_change()
             self._supervisor.publish({"event": "ready", "id": self.id})
 
 
@@ -182,16 +179,20 @@ class Creation:
         if kind == "failed":
             self._failure = message["failed"]
         elif kind == "network" and len(fds) == 1:
-            netns_fd = os.open(f"/proc/{self._child.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            self._send(
-                {"created": {"pid": self._child.pid, "start_time": self._start_time}},
-                (self._child.pidfd, netns_fd, fds[0]),
-            )
-            os.close(netns_fd)
+            self._on_network(fds[0])
         elif kind == "prepared":
             self._fds, fds[:] = dict(zip(message["prepared"], fds, strict=True)), []
             self._go_on()
         wire.close_all(fds)
+
+    def _on_network(self, netlink_fd: int) -> None:
+        try:
+            netns_fd = os.open(f"/proc/{self._child.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # it was killed meanwhile; its exit tells
+        created = {"pid": self._child.pid, "start_time": self._start_time}
+        self._send({"created": created}, (self._child.pidfd, netns_fd, netlink_fd))
+        os.close(netns_fd)
 
     def _on_request(self, _events: int) -> None:
         try:
@@ -213,10 +214,17 @@ class Creation:
         container = Container(
             supervisor, self._id, self._child.pid, os.dup(self._child.pidfd), self._start_time
         )
-        os.set_inheritable(container.pidfd, False)
-        container.take_descriptors(self._fds, fresh=True)
-        self._fds = None
         self._container = container
+        try:
+            # On record before it runs: a supervisor that died in between would leave a container that runs
+            # and that nobody knows of, to be started a second time.
+            container.write_record()
+            fds, self._fds = self._fds, None
+            container.take_descriptors(fds, fresh=True)
+        except OSError as error:
+            self._failure = {"reason": f"cannot keep its record and console: {error}"}
+            self._child.kill(_SIGKILL)
+            return
         self._child.proceed()
 
     def _on_exec(self) -> None:
@@ -225,7 +233,6 @@ class Creation:
         supervisor = self._supervisor
         supervisor.containers[self._id] = self._container
         supervisor.creations.pop(self._id, None)
-        self._container.write_record()
         supervisor.publish({"event": "started", "id": self._id, "pid": self._child.pid})
         self._send({"started": self._container.state()})
         self._finish()
@@ -238,6 +245,7 @@ class Creation:
         self._supervisor.creations.pop(self._id, None)
         if container is not None:
             container.release()
+            self._supervisor.records.remove(self._id)
             self._supervisor.tell_keeper({"drop": self._id})
         wire.close_all(list((self._fds or {}).values()))
         error = failure_error(self._failure or {"reason": f"it ended with wait status {status}"})

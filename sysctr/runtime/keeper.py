@@ -21,7 +21,7 @@ _RESPAWN_PAUSE_S = 1.0
 
 
 class Keeper:
-    """What outlives a supervisor: descriptors by container, and wait statuses nobody has asked for yet."""
+    """What outlives a supervisor: descriptors by container, and wait statuses no supervisor has on record."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[list[str], list[int]]] = {}
@@ -53,7 +53,14 @@ class Keeper:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         theirs.set_inheritable(True)
         argv = supervisor_argv(theirs.fileno())
-        self._supervisor_pid = os.posix_spawn(argv[0], argv, os.environ)
+        while not self._supervisor_pid:
+            try:
+                self._supervisor_pid = os.posix_spawn(argv[0], argv, os.environ)
+            except OSError as error:
+                # An upgrade may be replacing the interpreter, or memory is short: no reason to give up, as all
+                # consoles would be lost with us.
+                log(f"keeper: cannot start the supervisor: {error}", 3)
+                time.sleep(_RESPAWN_PAUSE_S)
         theirs.close()
         self._link = ours
         poll.register(ours.fileno(), select.POLLIN)
@@ -76,12 +83,14 @@ class Keeper:
                 self._send({"kept": container_id, "names": names}, held)
             for pid, status in self._reaped.items():
                 self._send({"reaped": pid, "status": status})
-            self._reaped.clear()
             self._send({"end": True})
         elif "keep" in message:
             self._drop(message["keep"])
             self._kept[message["keep"]] = (message["names"], fds)
             return
+        elif "claimed" in message:
+            for pid in message["claimed"]:
+                self._reaped.pop(pid, None)
         elif "drop" in message:
             self._drop(message["drop"])
         elif "quit" in message:
@@ -106,10 +115,10 @@ class Keeper:
             if pid == 0:
                 return
             if pid != self._supervisor_pid:
+                # Kept until a supervisor says that it is on record: the one that we tell may be dying.
+                self._reaped[pid] = status
                 if self._link is not None:
                     self._send({"reaped": pid, "status": status})
-                else:
-                    self._reaped[pid] = status
                 continue
             self._supervisor_pid = 0
             if self._link is not None:
@@ -134,6 +143,7 @@ def _drain(fd: int) -> None:
 def main() -> int:
     """Run the keeper of the installation that SYSCTR_ROOT names; a second one ends at once."""
     where = layout()
+    process.close_range(3)  # whatever the command that started us had open
     os.umask(0o077)
     os.makedirs(where.run, mode=0o755, exist_ok=True)
     # Inherited by the supervisor: while either of them lives, there is no place for another pair.

@@ -1,5 +1,6 @@
 """What the supervisor writes down of each container, so that the next one finds its way after a crash."""
 
+import errno
 import json
 import os
 
@@ -21,9 +22,11 @@ class Records:
         """Store a record; it is complete or absent whenever the power goes."""
         target = f"{self._directory}/{container_id}.json"
         temporary = f"{target}.new"
+        data = json.dumps({**record, "boot_id": self._boot_id}).encode()
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, json.dumps({**record, "boot_id": self._boot_id}).encode())
+            if os.write(fd, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), temporary)
         finally:
             os.close(fd)
         os.rename(temporary, target)

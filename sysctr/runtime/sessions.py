@@ -106,6 +106,7 @@ class Session:
             wire.send(self._connection, {"ok": True, "fds": names}, fds)
         except (OSError, wire.WireError):
             self._child.kill(self._hangup_signal)
+            self._close_terminal()
         finally:
             wire.close_all(fds)
 
@@ -118,6 +119,8 @@ class Session:
         except (OSError, wire.WireError):
             self._loop.forget(self._connection.fileno())
             self._child.kill(self._hangup_signal)
+            # The last master closes: the kernel hangs up on all that have this terminal.
+            self._close_terminal()
             return
         size = message.get("resize")
         if self._terminal_fd >= 0 and isinstance(size, list) and len(size) == 2:
@@ -130,9 +133,6 @@ class Session:
             self._child.kill(number)
 
     def _on_exit(self, status: int) -> None:
-        wire.close_all(list(self._client_fds.values()))
-        if self._terminal_fd >= 0:
-            os.close(self._terminal_fd)
         message: dict = {"exit": exit_code(status)}
         if self._failure is not None:
             message = {"exit": _failure_code(self._failure), "error": failure_error(self._failure)}
@@ -141,9 +141,21 @@ class Session:
         self._on_end(self)
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Let go of the connection and of what the caller was to get."""
+        self.let_go()
         self._loop.forget(self._connection.fileno())
         self._connection.close()
+
+    def let_go(self) -> None:
+        """Close the descriptors that were made for the caller; the connection stays."""
+        wire.close_all(list(self._client_fds.values()))
+        self._client_fds = {}
+        self._close_terminal()
+
+    def _close_terminal(self) -> None:
+        if self._terminal_fd >= 0:
+            os.close(self._terminal_fd)
+            self._terminal_fd = -1
 
 
 def exit_code(status: int) -> int:

@@ -21,6 +21,7 @@ from sysctr.runtime import wire
 from sysctr.runtime.begin import log, supervisor_argv
 from sysctr.runtime.containers import Container, Creation
 from sysctr.runtime.loop import Loop
+from sysctr.runtime.notify import discard
 from sysctr.runtime.records import Records
 from sysctr.runtime.sessions import Session
 
@@ -42,7 +43,8 @@ class Supervisor:
         self._sessions: set[Session] = set()
         self._subscribers: list[socket.socket] = []
         self._tickets: dict[str, tuple[float, dict]] = {}
-        self._unclaimed_exits: dict[int, int] = {}
+        # What the keeper told at our start: wait statuses by pid of processes an earlier supervisor had.
+        self.exits: dict[int, int] = {}
         os.makedirs(where.consoles, mode=0o700, exist_ok=True)
         os.makedirs(f"{where.run}/stage", mode=0o755, exist_ok=True)
 
@@ -51,7 +53,10 @@ class Supervisor:
         kept = self._kept_by_keeper()
         for container_id, record in self.records.read_all().items():
             Container.adopt(self, container_id, record, kept.pop(container_id, {}))
+        self.tell_keeper({"claimed": list(self.exits)})
         for fds in kept.values():
+            if "notify" in fds:
+                discard(self.loop, fds.pop("notify"))
             wire.close_all(list(fds.values()))
         if self.keeper is not None:
             self.loop.watch(self.keeper.fileno(), self._on_keeper)
@@ -82,10 +87,6 @@ class Supervisor:
             wire.send(self.keeper, message, fds)
         except (OSError, wire.WireError):
             log(f"cannot tell the keeper {sorted(message)}")
-
-    def take_unclaimed_exit(self, pid: int) -> "int | None":
-        """Return the wait status the keeper reported for a process that was not known yet."""
-        return self._unclaimed_exits.pop(pid, None)
 
     # Conversations
 
@@ -291,7 +292,7 @@ class Supervisor:
                 continue
             wire.close_all(fds)
             if "reaped" in message:
-                self._unclaimed_exits[message["reaped"]] = message["status"]
+                self.exits[message["reaped"]] = message["status"]
             elif "end" in message:
                 return kept
 
@@ -310,8 +311,8 @@ class Supervisor:
             for container in self.containers.values():
                 if container.pid == pid and container.running:
                     container.on_exit(message["status"])
-                    return
-            self._unclaimed_exits[pid] = message["status"]
+            # Only now that it is on record: the keeper tells every supervisor until one has said this.
+            self.tell_keeper({"claimed": [pid]})
         elif "terminate" in message:
             self.loop.stopping = True
 
