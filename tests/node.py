@@ -176,7 +176,7 @@ class Node:
                         pipe.close()
             if os.path.exists(self.layout.api_socket):
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.run("destroy", "--all", "--force", check=False, timeout_s=120)
+                    self.run("destroy", "--all", "--force", "--yes", check=False, timeout_s=120)
             stubborn = removal.stop_processes(self.layout)
             self._in_namespaces(removal.remove_network)
             removal.remove_cgroups(self.layout)
