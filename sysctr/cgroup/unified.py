@@ -178,6 +178,8 @@ class Unified:
         return self.placement(ct_id)
 
     def _hand_over(self, directory: str, uid: int, gid: int) -> None:
+        # mkdir's mode went through our umask, and every user inside has to read this tree.
+        os.chmod(directory, 0o775)
         os.chown(directory, uid, gid)
         for name in self._delegate:
             with contextlib.suppress(FileNotFoundError):

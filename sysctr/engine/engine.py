@@ -61,6 +61,8 @@ class Engine:
         for number in host.cgroups.list_ids():
             if number not in known or not host.live.running(number):
                 self._lifecycle.quietly(host.cgroups.destroy, number)
+        # Last: it may start a container that asked for a reboot, whose cgroup and link are no leftovers.
+        host.live.follow()
 
     def close(self) -> None:
         """Let go; containers run on."""

@@ -25,6 +25,10 @@ _KILL_TIMEOUT_S = 30.0
 _SETTLE_TIMEOUT_S = 30.0
 _SIGNAL_AGAIN_S = 0.05
 
+# An init that reboots as soon as it runs would keep the daemon busy with nothing else.
+_REBOOTS = 5
+_REBOOTS_WINDOW_S = 10.0
+
 SYSTEMD_HALT = signal.SIGRTMIN + 3
 
 
@@ -33,6 +37,7 @@ class Lifecycle:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._reboots: dict[int, list[float]] = {}
 
     def start(self, task: Task, container_id: int) -> None:
         """Start a stopped container; returns when its init was executed."""
@@ -154,12 +159,33 @@ class Lifecycle:
         self.quietly(host.network.detach, live.id)
         with contextlib.suppress(NotFound):
             host.store.update(live.id, exit={**reason, "ended": int(time.time())})
-        with contextlib.suppress(SysctrError):
-            host.supervisor.forget(live.id)
         host.bus.publish("container", id=live.id, change="stopped", **reason)
-        if reason["reason"] == "reboot" and host.tasks.current(live.id) is None:
+        again = reason["reason"] == "reboot" and host.tasks.current(live.id) is None
+        if again and self._reboots_too_fast(live.id):
+            log.error("%d: it rebooted %d times in %g s: left stopped", live.id, _REBOOTS, _REBOOTS_WINDOW_S)
+            again = False
+        if again:
             # A task of its own: this thread must return before the container counts as put away.
-            host.tasks.submit("reboot", live.id, lambda task: self.start(task, live.id))
+            host.tasks.submit("reboot", live.id, lambda task: self._start_again(task, live.id))
+        else:
+            self._forget_end(live.id)
+
+    def _start_again(self, task: Task, container_id: int) -> None:
+        # Its end is forgotten only afterwards: a daemon that dies before this leaves the next one the reboot.
+        try:
+            self.start(task, container_id)
+        finally:
+            self._forget_end(container_id)
+
+    def _forget_end(self, container_id: int) -> None:
+        with contextlib.suppress(SysctrError):  # it may run again
+            self._host.supervisor.forget(container_id)
+
+    def _reboots_too_fast(self, container_id: int) -> bool:
+        now = time.monotonic()
+        recent = [at for at in self._reboots.get(container_id, ()) if at > now - _REBOOTS_WINDOW_S]
+        self._reboots[container_id] = [*recent, now]
+        return len(recent) >= _REBOOTS
 
     def _running(self, container_id: int, verb: str) -> Live:
         live = self._host.live.running(container_id)

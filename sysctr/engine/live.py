@@ -65,14 +65,20 @@ class LiveTable:
         self._settling: set[int] = set()
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread: threading.Thread | None = None
+        self._connection: socket.socket | None = None
 
     def open(self, is_frozen: Callable[[int], bool]) -> None:
-        """Learn what runs and begin to follow it."""
-        connection = self._supervisor.subscribe()
+        """Learn what runs; nothing is done about it before `follow`."""
+        self._connection = self._supervisor.subscribe()
         for known in self._supervisor.list().values():
             self._adopt(known, frozen=known.running and is_frozen(known.id))
+
+    def follow(self) -> None:
+        """Put away what ended while nobody looked, and follow the supervisor from now on."""
+        for live in [live for live in self._live.values() if not live.running]:
+            self._settle(live)
         self._thread = threading.Thread(
-            target=self._follow, args=(connection,), name="supervisor", daemon=True
+            target=self._follow, args=(self._connection,), name="supervisor", daemon=True
         )
         self._thread.start()
 
@@ -139,7 +145,7 @@ class LiveTable:
                 live = replace(live, frozen=before.frozen)
             self._live[known.id] = live
             self._changed.notify_all()
-        if not known.running:
+        if not known.running and self._thread is not None:
             self._settle(live)
 
     def _settle(self, live: Live) -> None:

@@ -74,8 +74,13 @@ class Starting:
 
     def start(self) -> None:
         """Let the child run its last steps and execute init; raises SysctrError with the step that failed."""
-        wire.send(self._connection, {"op": "start"})
-        answer = wire.receive_plain(self._connection)
+        try:
+            wire.send(self._connection, {"op": "start"})
+            answer = wire.receive_plain(self._connection)
+        except TimeoutError as error:
+            raise errors.SysctrError(f"the last steps took longer than {_ANSWER_S} s") from error
+        except (wire.WireError, OSError) as error:
+            raise errors.SysctrError("the supervisor died while it worked", "try again") from error
         if "error" in answer:
             raise errors.from_dict(answer["error"])
 
@@ -126,7 +131,7 @@ class SupervisorClient:
         try:
             wire.send(connection, {"op": "create", "id": container_id, "plan": plan})
             answer, fds = wire.receive(connection)
-        except wire.WireError as error:
+        except (wire.WireError, OSError) as error:
             connection.close()
             raise errors.NoDaemon(f"cannot start {container_id}: the supervisor: {error}") from error
         except BaseException:
@@ -154,8 +159,11 @@ class SupervisorClient:
     def pidfd(self, container_id: int) -> "tuple[int, Fd]":
         """Return pid and pidfd of a running container's init."""
         with self._connect() as connection:
-            wire.send(connection, {"op": "pidfd", "id": container_id})
-            answer, fds = wire.receive(connection)
+            try:
+                wire.send(connection, {"op": "pidfd", "id": container_id})
+                answer, fds = wire.receive(connection)
+            except (wire.WireError, OSError) as error:
+                raise errors.NoDaemon(f"cannot reach the supervisor: {error}") from error
         if "error" in answer:
             wire.close_all(fds)
             raise errors.from_dict(answer["error"])
@@ -211,7 +219,7 @@ class SupervisorClient:
             try:
                 wire.send(connection, message)
                 answer = wire.receive_plain(connection)
-            except wire.WireError as error:
+            except (wire.WireError, OSError) as error:
                 raise errors.NoDaemon(f"cannot reach the supervisor: {error}") from error
         if "error" in answer:
             raise errors.from_dict(answer["error"])

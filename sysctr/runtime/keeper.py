@@ -57,8 +57,7 @@ class Keeper:
             try:
                 self._supervisor_pid = os.posix_spawn(argv[0], argv, os.environ)
             except OSError as error:
-                # An upgrade may be replacing the interpreter, or memory is short: no reason to give up, as all
-                # consoles would be lost with us.
+                # An upgrade may be replacing the interpreter, or memory is short: no reason to give up.
                 log(f"keeper: cannot start the supervisor: {error}", 3)
                 time.sleep(_RESPAWN_PAUSE_S)
         theirs.close()
