@@ -14,7 +14,7 @@ from sysctr.runtime import wire
 from sysctr.runtime.begin import keeper_argv
 
 _ANSWER_S = 60
-_START_KEEPER_S = 10
+_RESPAWN_S = 10
 
 
 class Fd:
@@ -105,21 +105,9 @@ class SupervisorClient:
 
     def ensure(self) -> dict:
         """Return the supervisor's status, after starting keeper and supervisor where none answer."""
-        try:
-            return self.hello()
-        except errors.NoDaemon:
-            pass
         if not _keeper_lives(self._where):
             _spawn_keeper(self._where)
-        deadline = time.monotonic() + _START_KEEPER_S
-        pause = select.poll()
-        while True:
-            try:
-                return self.hello()
-            except errors.NoDaemon:
-                if time.monotonic() > deadline:
-                    raise
-                pause.poll(10)
+        return self.hello()
 
     def hello(self) -> dict:
         """Return version, pid and counts of the running supervisor."""
@@ -207,12 +195,17 @@ class SupervisorClient:
         self._ask({"op": "quit"})
 
     def _connect(self) -> socket.socket:
-        try:
-            return wire.connect(self._where.plan_socket, _ANSWER_S)
-        except OSError as error:
-            raise errors.NoDaemon(
-                f"cannot reach the supervisor: {error.strerror}", "see `sysctr doctor`"
-            ) from error
+        # One that died has a successor within a second: nobody needs to be told.
+        deadline = time.monotonic() + _RESPAWN_S
+        while True:
+            try:
+                return wire.connect(self._where.plan_socket, _ANSWER_S)
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise errors.NoDaemon(
+                        f"cannot reach the supervisor: {error.strerror}", "see `sysctr doctor`"
+                    ) from error
+            select.poll().poll(10)
 
     def _ask(self, message: dict) -> dict:
         with self._connect() as connection:

@@ -40,7 +40,7 @@ class Session:
         self._terminal_fd = -1
         self._failure: dict | None = None
         self._hangup_signal = _SIGHUP
-        self._exec_seen = False
+        self._handed_over = False
         # The stopped container whose upper this job has mounted.
         self.volume_of: int | None = None
 
@@ -79,6 +79,9 @@ class Session:
                 continue
             reader, writer = os.pipe2(os.O_CLOEXEC)
             inside, outside = (reader, writer) if number == 0 else (writer, reader)
+            if "owner" in request:
+                # Else opening /dev/stdout, as log files are led there, would be refused inside.
+                os.fchown(inside, request["owner"], request["owner"])
             ours.append(inside)
             self._client_fds[name] = outside
         return ours
@@ -99,6 +102,7 @@ class Session:
         wire.close_all(fds)
 
     def _hand_over(self) -> None:
+        self._handed_over = True
         names = list(self._client_fds)
         fds = list(self._client_fds.values())
         self._client_fds = {}
@@ -111,7 +115,7 @@ class Session:
             wire.close_all(fds)
 
     def _on_exec(self) -> None:
-        self._exec_seen = True
+        """Nothing to do: the caller has its descriptors already."""
 
     def _on_request(self, _events: int) -> None:
         try:
@@ -134,6 +138,8 @@ class Session:
 
     def _on_exit(self, status: int) -> None:
         message: dict = {"exit": exit_code(status)}
+        if self._failure is None and not self._handed_over:
+            self._failure = {"reason": "it was killed before its program ran"}
         if self._failure is not None:
             message = {"exit": _failure_code(self._failure), "error": failure_error(self._failure)}
         self._notify(message)
