@@ -76,6 +76,8 @@ class Bench:
             say(f"round {turn + 1} of {self.options.rounds}")
             for side in self._in_turn(turn):
                 if "create" in wanted:
+                    # What the other side unpacked last must not be written out on this one's time.
+                    os.sync()
                     self.results.add(CREATE.name, side.name, side.create("new"))
                     self.results.add(DESTROY.name, side.name, side.destroy("new"))
                 if wanted.intersection(("start", "exec", "list", "kill")):

@@ -26,6 +26,7 @@ _LXC_FIRST_ID = 1_900_000_000
 _ID_COUNT = 65536
 # Python ignores these, and what it starts would inherit that.
 _OF_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+_INOTIFY_INSTANCES = 8192
 _BOOT_DEADLINE_S = 120
 _READY_PATH = "run/systemd/private"
 
@@ -389,12 +390,29 @@ def _free_network(tag: str) -> str:
 
 
 @contextlib.contextmanager
+def _many_watchers() -> Iterator[None]:
+    """Let 50 systemds run: they share root's inotify instances, 128 by default, whoever starts them."""
+    limit = Path("/proc/sys/fs/inotify/max_user_instances")
+    before = limit.read_text(encoding="ascii")
+    if int(before) < _INOTIFY_INSTANCES:
+        limit.write_text(str(_INOTIFY_INSTANCES), encoding="ascii")
+    try:
+        yield
+    finally:
+        limit.write_text(before, encoding="ascii")
+
+
+@contextlib.contextmanager
 def both(template: str, templates: str | None = None) -> Iterator[tuple[Lxc, Sysctr, Guest]]:
     """Make both sides ready with one template; `templates` is a directory that keeps it for the next run."""
     # What ends us must not leave containers and bridges behind.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with InstalledNode() as node, tempfile.TemporaryDirectory(prefix="sl-", dir="/tmp") as directory:
+        with (
+            _many_watchers(),
+            InstalledNode() as node,
+            tempfile.TemporaryDirectory(prefix="sl-", dir="/tmp") as directory,
+        ):
             layers = f"{node.layout.pool}/layers"
             kept = f"{templates}/{template}" if templates else ""
             if kept and os.path.isdir(kept):
