@@ -63,3 +63,31 @@ def test_only_the_module_of_the_command_is_loaded(stub):
         "sysctr", "sysctr.cli", "sysctr.cli.command", "sysctr.cli.container", "sysctr.cli.output",
         "sysctr.cli.table", "sysctr.client", "sysctr.errors", "sysctr.paths",
     }  # fmt: skip
+
+
+def launched(stub, *arguments, **options):
+    code = f"import sys; sys.path.insert(0, {ROOT!r}); from sysctr.cli import program; program()"
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, *arguments],
+        env={"SYSCTR_ROOT": stub.layout.root, "PATH": os.environ["PATH"]},
+        text=True, check=False, **options,
+    )  # fmt: skip
+
+
+def test_the_launchers_way_out_loses_no_output_and_no_exit_code(stub):
+    stub.routes["GET", "/1/containers"] = [stub.container(n, f"c{n}") for n in range(100, 3100)]
+    done = launched(stub, "list", "-q", capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [str(n) for n in range(100, 3100)]
+    done = launched(stub, "nonsense", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no such command" in done.stderr
+
+
+def test_a_reader_who_left_is_told_by_the_launchers_exit_code(stub):
+    stub.routes["GET", "/1/containers"] = [stub.container(n, f"c{n}") for n in range(100, 3100)]
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    with open(write_fd, "wb") as closed:
+        done = launched(stub, "list", stdout=closed, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (141, "")
