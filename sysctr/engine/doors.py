@@ -41,7 +41,10 @@ class Doors:
         }  # fmt: skip
         if request.get("cwd"):
             program["cwd"] = request["cwd"]
-        inner = {"program": program, "tty": size or None, "cgroup": self._cgroup(record)}
+        inner = {
+            "program": program, "tty": size or None, "cgroup": self._cgroup(record),
+            "owner": record.idmap_first,
+        }  # fmt: skip
         return self._ticket({"kind": "exec", "id": record.id, "request": inner})
 
     def console_ticket(self, record: Record) -> dict:

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import sys
 
 from sysctr.linux import mount, process, tty
@@ -213,10 +214,18 @@ def _start_program(program: dict) -> None:
         # Before the ids change: without no_new_privs, loading a filter needs CAP_SYS_ADMIN here.
         process.load_seccomp(bytes.fromhex(program["seccomp"]))
     if user["uid"] or user["gid"] or user["groups"]:
+        _give_stdio(user["uid"])
         os.setgroups(user["groups"])
         os.setresgid(user["gid"], user["gid"], user["gid"])
         os.setresuid(user["uid"], user["uid"], user["uid"])
     _exec(executable, argv, environment)
+
+
+def _give_stdio(uid: int) -> None:
+    """Let the user open /dev/stdout and the terminal by their names, as login does; /dev/null stays."""
+    for fd in range(3):
+        if os.isatty(fd) or stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, uid, -1)
 
 
 def _exec(executable: str, argv: "list[str]", environment: "dict[str, str]") -> None:
