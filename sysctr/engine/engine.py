@@ -58,6 +58,9 @@ class Engine:
         known = {record.id for record in host.store.list()}
         host.network.ensure()
         host.network.sweep({number for number in host.live.ids() if host.live.running(number)})
+        # Destroyed on a full disk, which could not note that.
+        for number in host.network.all_addresses().keys() - known:
+            self._lifecycle.quietly(host.network.release, number)
         for number in host.cgroups.list_ids():
             if number not in known or not host.live.running(number):
                 self._lifecycle.quietly(host.cgroups.destroy, number)

@@ -5,6 +5,7 @@ import logging
 import select
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from sysctr.cgroup.base import Limits
@@ -76,7 +77,18 @@ class Lifecycle:
     def _note_boot(self, record: Record) -> None:
         # Written only when it differs: a start should not wait for a disk.
         if record.boot_config != record.config_text:
-            self._host.store.update(record.id, boot_config=record.config_text)
+            with self._noting(record.id):
+                self._host.store.update(record.id, boot_config=record.config_text)
+
+    @contextlib.contextmanager
+    def _noting(self, container_id: int) -> Iterator[None]:
+        """Write down what happened already: a full disk cannot undo it, so it is no failure of the action."""
+        try:
+            yield
+        except NotFound:
+            pass  # destroyed meanwhile
+        except SysctrError as error:
+            log.error("%d: %s", container_id, error.message)
 
     def _facts(self, record: Record) -> ContainerFacts:
         host = self._host
@@ -157,7 +169,7 @@ class Lifecycle:
         log.info("%d: init ended: %s %s", live.id, reason["reason"], reason["status"] or "")
         self.quietly(host.cgroups.destroy, live.id)
         self.quietly(host.network.detach, live.id)
-        with contextlib.suppress(NotFound):
+        with self._noting(live.id):
             host.store.update(live.id, exit={**reason, "ended": int(time.time())})
         host.bus.publish("container", id=live.id, change="stopped", **reason)
         again = reason["reason"] == "reboot" and host.tasks.current(live.id) is None
@@ -256,6 +268,8 @@ class Lifecycle:
         """Undo or clean up; what fails is logged and does not keep the rest from being done."""
         try:
             function(*arguments)
+        except (SysctrError, OSError) as error:
+            log.error("%s%r: %s", getattr(function, "__qualname__", function), arguments, error)
         except Exception:
             log.exception("%s%r failed", getattr(function, "__qualname__", function), arguments)
 

@@ -126,7 +126,10 @@ class OverlayRoot(Step):
         context.root_fd = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         # The silent read-only fallback would be found much later, by the guest.
         if os.fstatvfs(context.root_fd).f_flag & os.ST_RDONLY:
-            raise OSError(30, "the kernel mounted the overlay read-only", "overlay")
+            disk = os.statvfs(self.upper)
+            if not disk.f_bavail or not disk.f_favail:
+                raise OSError(errno.ENOSPC, "no space left on the disk of its files")
+            raise OSError(errno.EROFS, "the kernel mounted the overlay read-only")
 
 
 class TreeRoot(Step):

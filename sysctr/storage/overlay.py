@@ -89,7 +89,9 @@ class OverlayDriver:
                     f"cannot use pool {self.pool}: its file system has no user extended attributes",
                     hint="use ext4 or xfs",
                 ) from error
-            raise tree.explain(error, f"use pool {self.pool}", self.pool) from error
+            # A full disk says nothing about attributes, and destroying containers is the way out of it.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise tree.explain(error, f"use pool {self.pool}", self.pool) from error
 
     def sweep(self) -> None:
         """Throw away volumes whose making a crash cut short."""

@@ -18,7 +18,6 @@ import pytest
 from sysctr.cgroup.detect import open_driver
 from sysctr.engine.removal import cgroup_directories
 from sysctr.engine.supervisor import SupervisorClient
-from sysctr.linux import process
 from sysctr.runtime import wire
 from tests.attack.inside import Inside, init_pid
 from tests.node import Node, kill
@@ -424,9 +423,10 @@ def test_a_failed_exec_leaks_nothing(shared_host: Node, busy: str) -> None:
     shell(host, busy, "echo 0 > /sys/fs/cgroup/cgroup.procs; mkdir /sys/fs/cgroup/.sysctr/below; "
           "echo threaded > /sys/fs/cgroup/.sysctr/below/cgroup.type", check=False)  # fmt: skip
     supervisor = host.pids()["supervisor"]
+    wait_until(lambda: SupervisorClient(host.layout).hello()["sessions"] == 0, what="no session")
     before = descriptors(supervisor)
     results = {host.run("exec", busy, "--", "true", check=False).status for _ in range(5)}
-    assert descriptors(supervisor) == before
+    wait_until(lambda: descriptors(supervisor) == before, what="the descriptors of before")
     assert host.pids()["supervisor"] == supervisor
     assert results <= {0, 1, 125}
 
@@ -456,7 +456,7 @@ def test_a_frozen_door_stops_nobody_else(shared_host: Node, busy: str) -> None:
     host.run("stop", busy, "--kill")
     for client in stuck:
         assert b"killed before its program ran" in client.stderr.read()
-        assert client.wait(10) == 125
+        assert client.wait(10) == 1
     host.run("start", busy)
     host.run("destroy", other, "--force", "--yes")
 
@@ -481,12 +481,9 @@ def test_the_services_hold_only_what_they_need(host: Node) -> None:
 
 def test_a_container_that_only_reboots_is_left_stopped(host: Node) -> None:
     host.run("create", "loop", "--template", "tiny", "--start")
-    script = b"#!/bin/sh\nexec reboot -n -f\n"
-    host.run("push", "--mode", "755", "-", "loop:/sbin/loop", stdin=script, check=False)
     shell(host, "loop", "printf '#!/bin/sh\\nexec reboot -n -f\\n' > /sbin/loop && chmod 755 /sbin/loop")
     host.run("stop", "loop")
     host.run("set", "loop", "init=/sbin/loop")
     host.run("start", "loop", check=False)
     wait_until(lambda: "left stopped" in host.logs(), deadline_s=30, what="the end of the reboots")
     host.wait("loop", "stopped")
-    process.run(["true"])  # the machine is free for other work again
