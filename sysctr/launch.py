@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 UNIT = "sysctrd.service"
+SUPERVISOR_UNIT = "sysctr-supervisor.service"
 _UNIT_DIRS = ("/etc/systemd/system", "/lib/systemd/system", "/usr/lib/systemd/system")
 # -I ignores PYTHONPATH and the current directory, so the child is told where the package is; it goes in
 # front only if it is not on the path already, because site-packages in front would hide the standard library.
@@ -42,17 +43,18 @@ def managed_by_systemd(where: Layout) -> bool:
     return any(os.path.exists(f"{directory}/{UNIT}") for directory in _UNIT_DIRS)
 
 
-def systemctl(verb: str) -> None:
-    """Run `systemctl VERB sysctrd.service` and wait for it."""
-    argv = ["systemctl", verb, UNIT]
+def systemctl(verb: str, unit: str = UNIT) -> None:
+    """Run `systemctl VERB UNIT` and wait for it."""
+    what = "daemon" if unit == UNIT else "supervisor"
+    argv = ["systemctl", verb, unit]
     try:
         pid = os.posix_spawnp("systemctl", argv, os.environ)
     except OSError as error:
-        raise errors.NoDaemon(f"cannot {verb} the daemon: systemctl: {error.strerror}") from error
+        raise errors.NoDaemon(f"cannot {verb} the {what}: systemctl: {error.strerror}") from error
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status:
         raise errors.NoDaemon(
-            f"cannot {verb} the daemon: systemctl failed with {status}", f"see `journalctl -u {UNIT}`"
+            f"cannot {verb} the {what}: systemctl failed with {status}", f"see `journalctl -u {unit}`"
         )
 
 

@@ -8,7 +8,7 @@ from sysctr import __version__, errors, launch
 from sysctr.cli.command import Command, json_option
 from sysctr.cli.output import coloured, notice, print_fields, print_json
 from sysctr.cli.table import neutralise
-from sysctr.client import START_TIMEOUT_S, field, path
+from sysctr.client import START_TIMEOUT_S, field, not_permitted, path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from sysctr.client import Client
+    from sysctr.paths import Layout
 
 _STOP_TIMEOUT_S = 30.0
 _CHECK_COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
@@ -25,22 +26,26 @@ where = sys.argv[1]
 where in sys.path or sys.path.insert(0, where)
 from sysctr.engine import doctor
 from sysctr.paths import layout
-checks = doctor.run(layout())
+checks = doctor.run(layout(), layout().bridge)
 as_json = sys.argv[2] == "json"
 print(json.dumps([check.as_dict() for check in checks], indent=2) if as_json else doctor.report(checks))
 sys.exit(any(check.state == "fail" for check in checks))
 """
 
 
-def daemon_pid(api_socket: str) -> "int | None":
-    """Return the process that listens on the socket, or None if nobody does."""
+def daemon_pid(where: "Layout") -> "int | None":
+    """Return the process that listens on the API's socket, or None if nobody does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
-            connection.connect(api_socket)
+            connection.connect(where.api_socket)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
+        except PermissionError as error:
+            raise not_permitted(where) from error
         except OSError as error:
-            raise errors.Refused(f"cannot reach the daemon: {error.strerror} on {api_socket}") from error
+            raise errors.NoDaemon(
+                f"cannot reach the daemon: {error.strerror} on {where.api_socket}"
+            ) from error
         peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return int.from_bytes(peer[:4], sys.byteorder)
 
@@ -59,7 +64,7 @@ def _start(arguments: "argparse.Namespace", client: "Client") -> None:
 
 def _stop(arguments: "argparse.Namespace", client: "Client") -> None:
     _require_root("stop")
-    pid = daemon_pid(client.layout.api_socket)
+    pid = daemon_pid(client.layout)
     if launch.managed_by_systemd(client.layout):
         launch.systemctl("stop")
     elif pid is None:
@@ -105,7 +110,7 @@ def _status_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _status(arguments: "argparse.Namespace", client: "Client") -> int:
-    pid = daemon_pid(client.layout.api_socket)
+    pid = daemon_pid(client.layout)
     client.start = False
     host = field(client.get(path("host")), "host") if pid is not None else {}
     if arguments.json:

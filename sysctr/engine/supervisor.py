@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sysctr import errors
+from sysctr import errors, launch
 from sysctr.paths import Layout
 from sysctr.runtime import wire
 from sysctr.runtime.begin import keeper_argv
@@ -106,7 +106,11 @@ class SupervisorClient:
     def ensure(self) -> dict:
         """Return the supervisor's status, after starting keeper and supervisor where none answer."""
         if not _keeper_lives(self._where):
-            _spawn_keeper(self._where)
+            if launch.managed_by_systemd(self._where):
+                # Started from here it would be in the daemon's cgroup, and its unit find its place taken.
+                launch.systemctl("start", launch.SUPERVISOR_UNIT)
+            else:
+                _spawn_keeper(self._where)
         return self.hello()
 
     def hello(self) -> dict:

@@ -140,7 +140,7 @@ def _drain(fd: int) -> None:
 
 
 def main() -> int:
-    """Run the keeper of the installation that SYSCTR_ROOT names; a second one ends at once."""
+    """Run the keeper of the installation that SYSCTR_ROOT names; a second one ends, or waits as a unit."""
     where = layout()
     process.close_range(3)  # whatever the command that started us had open
     os.umask(0o077)
@@ -150,8 +150,13 @@ def main() -> int:
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log("keeper: another one runs")
-        return 0
+        if "INVOCATION_ID" not in os.environ:
+            log("keeper: another one runs")
+            return 0
+        # A unit whose program ends is started again and again, then given up. So it waits until the other
+        # pair, or the supervisor that outlived its keeper, is gone: then it takes over.
+        log("keeper: another one runs, waiting for its end")
+        fcntl.flock(lock_fd, fcntl.LOCK_EX)
     os.set_inheritable(lock_fd, True)
     process.set_name("sysctr-keeper")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
