@@ -85,12 +85,15 @@ class Console:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, RING_BYTES * 4)
         for _, other in self._clients:
             other({"notice": "another client attached to this console"})
-        if self._clients:
-            notify({"notice": "another client is attached to this console too"})
         self._pass_on(ours, self._ring.read())
         self._clients.append((ours, notify))
         self._loop.watch(ours.fileno(), lambda _events: self._on_input(ours))
         return theirs
+
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether more than one client is attached."""
+        return len(self._clients) > 1
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell the console's programs the size of the terminal that looks at it."""

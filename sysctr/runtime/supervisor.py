@@ -275,6 +275,8 @@ class Supervisor:
         theirs = container.console.attach(notify)
         with theirs:
             wire.send(connection, {"ok": True, "fds": ["stream"]}, (theirs.fileno(),))
+        if container.console.is_shared:
+            notify({"notice": "another client is attached to this console too"})
         self.loop.watch(connection.fileno(), on_message)
 
     # The keeper
