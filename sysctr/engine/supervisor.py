@@ -1,5 +1,6 @@
 """The daemon's way to its supervisor: each call is one conversation, safe from any thread."""
 
+import contextlib
 import fcntl
 import os
 import select
@@ -75,8 +76,14 @@ class Starting:
     def start(self) -> None:
         """Let the child run its last steps and execute init; raises SysctrError with the step that failed."""
         try:
-            wire.send(self._connection, {"op": "start"})
-            answer = wire.receive_plain(self._connection)
+            # A child that failed meanwhile has said so and is gone: sending fails then, and so may the first
+            # look, but its last word is still to be read.
+            with contextlib.suppress(wire.ConnectionClosed):
+                wire.send(self._connection, {"op": "start"})
+            try:
+                answer = wire.receive_plain(self._connection)
+            except wire.ConnectionClosed:
+                answer = wire.receive_plain(self._connection)
         except TimeoutError as error:
             raise errors.SysctrError(f"the last steps took longer than {_ANSWER_S} s") from error
         except (wire.WireError, OSError) as error:

@@ -86,7 +86,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(small_disk: Node, tmp_path: Path
     assert traces(host) == before
     started = host.run("start", "one", check=False)
     if started.status:
-        assert "o space left" in started.err, started
+        assert "o space left" in started.err, f"{started}{host.logs()}"
         assert traces(host) == before
     big = tmp_path / "big"
     big.write_bytes(b"x" * 4096 * 16)
