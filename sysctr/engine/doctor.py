@@ -19,6 +19,9 @@ NEEDED_CONTROLLERS = ("cpu", "cpuset", "memory", "pids")
 # The debian-12 template unpacked, the Python packages, and what apt keeps for a moment.
 NEEDED_SPACE_BYTES = 2 * 1024**3
 NEEDED_INODES = 60_000
+# 40 Debian containers failed to boot with the kernel's default of 128, with 8192 there was room for 50.
+NEEDED_INOTIFY = 8192
+INOTIFY_PER_SYSTEMD = 4
 
 TOOLS = {
     "nft": "nftables",
@@ -250,6 +253,19 @@ def check_tools(find: Callable[[str], str | None]) -> list[Check]:
     return checks
 
 
+def check_inotify(max_user_instances: int | None) -> Check:
+    """Judge how many systemds can run: each takes some, and all containers share the host root's number."""
+    if max_user_instances is None:
+        return ok("inotify", "this kernel has no limit of its own")
+    shown = f"{max_user_instances} instances for all containers together"
+    if max_user_instances < NEEDED_INOTIFY:
+        return warn(
+            "inotify", f"{shown}: enough for {max_user_instances // INOTIFY_PER_SYSTEMD} systemds or so",
+            f"`sysctl fs.inotify.max_user_instances={NEEDED_INOTIFY}`, and a line in /etc/sysctl.d",
+        )  # fmt: skip
+    return ok("inotify", shown)
+
+
 def check_lxcfs(mounts: str) -> Check:
     for line in mounts.splitlines():
         _source, point, fstype, *_rest = line.split()
@@ -325,6 +341,7 @@ def installed(
 ) -> list[Check]:
     """Return the checks of what the installation brought; the engine passes what only it knows."""
     checks = check_tools(lambda tool: shutil.which(tool, path=_PATH))
+    checks.append(check_inotify(_number("/proc/sys/fs/inotify/max_user_instances")))
     checks += [check_lxcfs(_read("/proc/self/mounts")), check_group(where.group, _read("/etc/group"))]
     has_bridge = os.path.exists(f"/sys/class/net/{bridge}")
     checks += check_network(has_bridge, bridge, _read("/proc/sys/net/ipv4/ip_forward"), problems)

@@ -67,6 +67,7 @@ class Host:
         self.templates.prepare()
         self.supervisor.ensure()
         self.live.open(self.cgroups.is_frozen)
+        threading.Thread(target=self._warm, name="warm", daemon=True).start()
         threading.Thread(target=self._collect, name="trash", daemon=True).start()
         self.collect_soon()
 
@@ -76,6 +77,11 @@ class Host:
         self._trash_wanted.set()
         self.live.close()
         self.store.close()
+
+    def _warm(self) -> None:
+        """Do what the first start would else wait for: compile the filter, look for lxcfs."""
+        self.lxcfs_binds()
+        log.debug("the system call filter has %d bytes", len(self.seccomp))
 
     @property
     def seccomp(self) -> bytes:

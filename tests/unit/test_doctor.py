@@ -170,3 +170,11 @@ def test_the_bare_interpreter_runs_the_whole_pre_check(tmp_path: Path) -> None:
 def test_a_host_that_runs_these_tests_has_no_failing_check(tmp_path: Path) -> None:
     checks = doctor.before_install(Layout(str(tmp_path)))
     assert [check for check in checks if check.state == "fail"] == []
+
+
+def test_inotify_warns_where_the_systemds_of_many_containers_would_not_boot():
+    assert doctor.check_inotify(65536).state == "ok"
+    assert doctor.check_inotify(None).state == "ok"
+    few = doctor.check_inotify(128)
+    assert few.state == "warn"
+    assert "max_user_instances=8192" in few.hint
