@@ -63,10 +63,12 @@ missing_packages() {
     done
 }
 
+has_package_lists() { compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; }
+
 # Install packages; the lists are fetched only if there are none or they turn out to be too old.
 install_packages() {
     local -a get=(apt-get -q -y -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
-    if ! compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; then
+    if ! has_package_lists; then
         "${get[@]}" update
         "${get[@]}" install --no-install-recommends "$@"
     elif ! "${get[@]}" install --no-install-recommends "$@"; then

@@ -41,6 +41,10 @@ def _lxcfs() -> str:
         return "" if " fuse.lxcfs " in mounts.read() else "lxcfs is not mounted"
 
 
+def _loop() -> str:
+    return "" if os.path.exists("/dev/loop-control") else "no loop devices"
+
+
 def _net() -> str:
     try:
         socket.create_connection(_MIRROR, 10).close()
@@ -64,6 +68,8 @@ FACTS: dict[str, Callable[[], str]] = {
     "ip": _program("ip", "iproute2"),
     "busybox": _program("busybox", "busybox-static"),
     "mmdebstrap": _program("mmdebstrap", "mmdebstrap"),
+    "bzip2": _program("bzip2", "bzip2"),
+    "loop": _loop,
     "lxcfs": _lxcfs,
     "net": _net,
     "vm": _vm,

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from sysctr.engine import removal
 from sysctr.engine.job import JobRunner
 from sysctr.engine.plan import Idmap
 from sysctr.engine.supervisor import SupervisorClient
-from sysctr.errors import NoDaemon
 from sysctr.paths import Layout
 from tests import leaks
 from tests.wait import wait_until
@@ -35,12 +35,4 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobRunner]:
     supervisor.ensure()
     yield JobRunner(supervisor, f"{where.run}/stage", JOB_IDMAP, b"")
     supervisor.quit()
-
-    def gone() -> bool:
-        try:
-            supervisor.hello()
-        except NoDaemon:
-            return True
-        return False
-
-    wait_until(gone)
+    wait_until(lambda: not removal.service_pids(where), what="the end of the supervisor")

@@ -11,18 +11,19 @@ import pytest
 from sysctr.errors import NoSpace, Refused, SysctrError
 from sysctr.linux.mount import MNT_DETACH, MS_BIND, MS_RDONLY, MS_REMOUNT, mount, umount2
 from sysctr.storage.overlay import OverlayDriver
+from tests.disk import small_disk
 from tests.wait import wait_until
 
-pytestmark = [pytest.mark.root, pytest.mark.kernel]
+pytestmark = [pytest.mark.root, pytest.mark.kernel, pytest.mark.needs("loop")]
+
 
 @pytest.fixture
 def pool(tmp_path) -> Iterator[str]:
     """A pool on a file system of its own: 4 MiB, so that it can be filled."""
     path = str(tmp_path / "pool")
     os.mkdir(path)
-    mount("tmpfs", path, "tmpfs", 0, "size=4m,mode=0700")
-    yield path
-    umount2(path, MNT_DETACH)
+    with small_disk(path, 4096):
+        yield path
 
 
 def prepared(pool: str) -> OverlayDriver:
@@ -54,9 +55,8 @@ def small_pool(tmp_path) -> Iterator[str]:
     """A pool that can hold few files."""
     path = str(tmp_path / "pool")
     os.mkdir(path)
-    mount("tmpfs", path, "tmpfs", 0, "size=4m,nr_inodes=40,mode=0700")
-    yield path
-    umount2(path, MNT_DETACH)
+    with small_disk(path, 4096, "-N", "48"):
+        yield path
 
 
 def test_on_a_full_disk_nothing_is_made_and_everything_can_be_destroyed(pool) -> None:
