@@ -69,7 +69,7 @@ def run_plan(sync: socket.socket, plan: dict) -> None:
             os._exit(0)
         _start_program(program)
     except BaseException as error:
-        _report(sync, error)
+        _report(sync, error, plan["program"])
     os._exit(125)
 
 
@@ -112,7 +112,7 @@ def join_container(sync: socket.socket, pidfd: int, request: dict, stdio: "list[
             tty.make_controlling(0)
         _start_program(program)
     except BaseException as error:
-        _report(sync, error)
+        _report(sync, error, request["program"])
     os._exit(125)
 
 
@@ -261,13 +261,26 @@ def _errno(error: BaseException) -> int:
     return getattr(error, "errno", None) or 0
 
 
-def _report(sync: socket.socket, error: BaseException) -> None:
+def _purpose(program: dict) -> str:
+    if "builtin" not in program:
+        return f"execute {program['argv'][0] if program['argv'] else 'the login shell'}"
+    where = program.get("path") or ", ".join(program.get("paths", ()))
+    return {"untar": f"push to {where}", "tar": f"pull {where}"}.get(program["builtin"], "change its files")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        named = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror[:1].lower()}{error.strerror[1:]}{named}"
+    return str(error) if isinstance(error, LookupError) else f"{type(error).__name__}: {error}"
+
+
+def _report(sync: socket.socket, error: BaseException, program: dict) -> None:
     if isinstance(error, StepFailed):
         number, total, description, reason, code = error.args
         message = {"step": number, "of": total, "description": description, "reason": reason, "errno": code}
     else:
-        kind = "" if isinstance(error, OSError | LookupError) else f"{type(error).__name__}: "
-        message = {"reason": f"{kind}{error}", "errno": _errno(error)}
+        message = {"reason": f"cannot {_purpose(program)}: {_reason(error)}", "errno": _errno(error)}
     try:
         wire.send(sync, {"failed": message})
     except (OSError, wire.WireError):

@@ -176,7 +176,8 @@ def failure_error(failure: dict) -> dict:
     reason = failure.get("reason", "unknown reason")
     if "step" in failure:
         reason = f"step {failure['step']} of {failure['of']}, {failure['description']}: {reason}"
-    return {"code": "failed", "message": reason, "hint": ""}
+    missing = "step" not in failure and failure.get("errno") == errno.ENOENT
+    return {"code": "not-found" if missing else "failed", "message": reason, "hint": ""}
 
 
 def _failure_code(failure: dict) -> int:

@@ -66,7 +66,7 @@ def test_what_cannot_be_executed_is_126_and_what_is_not_there_127(
 ) -> None:
     done = shared_host.run("exec", tiny, "--", program, check=False)
     assert done.status == status, done
-    assert done.err.startswith("sysctr: "), done
+    assert done.err.startswith(f"sysctr: cannot execute {program}: "), done
     assert done.err.count("\n") == 1, done
 
 
@@ -90,7 +90,7 @@ def test_user_directory_and_environment_are_chosen_by_options(shared_host: Node,
     refused(shared_host, 125, "nobody-here", "exec", "--user", "nobody-here", tiny, "--", "id")
     no_directory = shared_host.run("exec", "--cwd", "/no/such", tiny, "--", "id", check=False)
     assert no_directory.status != 0
-    assert "/no/such" in no_directory.err, no_directory
+    assert no_directory.err == "sysctr: cannot execute id: no such file or directory: /no/such\n"
 
 
 def test_a_program_may_open_its_output_by_name_whoever_runs_it(shared_host: Node, tiny: str) -> None:

@@ -109,7 +109,7 @@ def test_an_init_that_is_no_program_is_an_error_that_names_it(shared_host: Node)
     wait_until(lambda: nothing_left_on_the_host(shared_host, number), what="the host is clean")
     shared_host.run("set", name, "init=/no/such/init")
     done = refused(shared_host, 1, "cannot start", "start", name)
-    assert "No such file" in done.err, done
+    assert "no such file" in done.err, done
 
 
 def test_a_shutdown_that_is_not_obeyed_leaves_it_running(shared_host: Node) -> None:
