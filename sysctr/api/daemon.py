@@ -22,6 +22,7 @@ from typing import Any
 
 from sysctr import __version__
 from sysctr.errors import Refused, SysctrError
+from sysctr.linux import process
 from sysctr.paths import Layout, layout
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     where = layout()
     os.umask(0o077)
+    process.set_name("sysctrd")
     try:
         _make_directories(where)
         with _lock(where) as locked:

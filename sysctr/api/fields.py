@@ -70,7 +70,7 @@ class Number:
             raise _refuse(where, kind)
         # A NaN is in no range, and an int of 300 digits compares with a float without an overflow.
         if not self.least <= value <= self.most:
-            raise _refuse(where, f"{kind} from {self.least:g} to {self.most:g}")
+            raise _refuse(where, f"{kind} from {self.least} to {self.most}")
         return value
 
     def from_query(self, text: str, where: str) -> Any:

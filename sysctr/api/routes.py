@@ -68,14 +68,14 @@ ENVIRONMENT = Table(Text(32768, raw=True))
 
 CREATE = (
     Field("name", NAME, "unique name: lower-case letters, digits, -", required=True),
-    Field("id", Nullable(Number(100, 2**31 - 1)), "number; without it the first free one"),
+    Field("id", Nullable(Number(100, 9999)), "number; without it the first free one"),
     Field("template", Nullable(Text(128)), "name of a template; without it the host's default"),
     Field("set", Table(Anything()), "settings by key, as in `sysctr set`"),
     Field("ssh_keys", Array(Text(16384)), "public keys that may log in as root"),
     Field("password", Nullable(Text(1024)), "root's password"),
     Field("environment", ENVIRONMENT, "environment of the init"),
     Field("tags", Array(Text(63)), "tags"),
-    Field("nets", Array(Table(Anything()), 16), "network interfaces, each with the keys of [net.N]"),
+    Field("nets", Array(Anything(), 16), "network cards: the keys of [net.N], or name=eth0,bridge=B,ip=A/N"),
     Field("onboot", Boolean(), "start it with the host"),
     Field("start", Boolean(), "start it at once"),
 )

@@ -287,7 +287,7 @@ def _no_constant(text: str) -> None:
 def _unquoted(segment: str) -> str:
     text = unquote_to_bytes(segment).decode("utf-8", "backslashreplace") if "%" in segment else segment
     if len(text) > 256 or not text.isprintable():
-        raise NotFound("cannot answer: there is no such path", "GET /1/openapi.json shows all paths")
+        raise NotFound(f"cannot find {text[:64]!a}: there is nothing of this name")
     return text
 
 
