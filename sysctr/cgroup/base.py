@@ -127,6 +127,27 @@ def check_enforceable(ct_id: int, limits: Limits, available: frozenset[str]) -> 
             if needed == "swap":
                 hint = "boot the host with swapaccount=1, or leave the limit out"
             raise Refused(f"cannot give {ct_id} {words}: the kernel does not offer `{needed}`", hint)
+    if limits.cores is not None:
+        _check_cores(ct_id, limits.cores, host_cores())
+
+
+def _check_cores(ct_id: int, wanted: str, online: frozenset[int]) -> None:
+    """Raise Refused when this host has not so many cores, or not these."""
+    has = format_cpu_list(online)
+    if wanted.strip().isdecimal():
+        if not 0 < int(wanted) <= len(online):
+            raise Refused(
+                f"cannot limit {ct_id} to {wanted} cores: this host has {len(online)}",
+                hint=f"choose 1 to {len(online)}, or leave the limit out",
+            )
+        return
+    chosen = parse_cpu_list(wanted)
+    missing = chosen - online
+    if missing or not chosen:
+        raise Refused(
+            f"cannot limit {ct_id} to the cores {format_cpu_list(chosen)}: this host has {has}, "
+            f"not {format_cpu_list(missing) or 'an empty list'}"
+        )
 
 
 def quota_usec(cpus: float) -> int:
@@ -204,26 +225,14 @@ class Cores:
         Raises Refused when this host has not so many, or not these.
         """
         online = self._online()
+        _check_cores(ct_id, wanted, online)
         with self._lock:
-            if wanted.strip().isdecimal():
-                chosen = self._choose(ct_id, int(wanted), online)
-            else:
-                chosen = parse_cpu_list(wanted)
-                missing = chosen - online
-                if missing or not chosen:
-                    raise Refused(
-                        f"cannot give {ct_id} the cores {wanted}: this host has "
-                        f"{format_cpu_list(online)}, not {format_cpu_list(missing) or 'an empty list'}"
-                    )
+            counted = wanted.strip().isdecimal()
+            chosen = self._choose(ct_id, int(wanted), online) if counted else parse_cpu_list(wanted)
             self._given[ct_id] = chosen
         return format_cpu_list(chosen)
 
     def _choose(self, ct_id: int, count: int, online: frozenset[int]) -> frozenset[int]:
-        if not 0 < count <= len(online):
-            raise Refused(
-                f"cannot give {ct_id} {count} cores: this host has {len(online)}",
-                hint=f"choose 1 to {len(online)}, or leave the limit out",
-            )
         held = self._given.get(ct_id, frozenset())
         if len(held) == count and held <= online:
             # Setting another limit must not move a running container to other cores.

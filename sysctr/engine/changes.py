@@ -53,31 +53,52 @@ class Changes:
                 )
             check_enforceable(record.id, limits_of(draft), host.cgroups.available)
             changed = schema.TABLE.changed(old, new) if old is not None else ()
-            running = host.live.running(record.id)
-            if running and any(key.startswith("limits.") for key in changed):
+            waited = self.pending(record)
+            in_force = self._in_force(record)
+            # The file may have been edited by hand since: what is set is all of it, not the difference.
+            limits_differ = in_force is not None and in_force.limits != new.limits
+            if limits_differ:
                 host.cgroups.set_limits(record.id, limits_of(draft))
             saved = host.store.save_config(record.id, text, digest)
+            if limits_differ:
+                known = toml.edit(record.boot_config, _limits(new))
+                saved = host.store.update(record.id, boot_config=known)
         if old is None or old.name != new.name:
             host.register_name(saved)
         host.bus.publish("container", id=record.id, change="configured", keys=list(changed))
         pending = self.pending(saved)
         return {
-            "applied": [key for key in changed if key not in pending],
+            "applied": [key for key in dict.fromkeys((*changed, *waited)) if key not in pending],
             "pending": pending,
             "digest": saved.digest,
         }
 
     def pending(self, record: Record) -> "list[str]":
-        """Return the keys that differ from what the container was started with and wait for a restart."""
-        if record.config is None or not record.boot_config or not self._host.live.running(record.id):
+        """Return the keys that differ from what is in force and wait for a restart.
+
+        A limit is among them when the file was edited by hand: nobody told the kernel.
+        """
+        in_force = None if record.boot_config == record.config_text else self._in_force(record)
+        if record.config is None or in_force is None:
             return []
-        if record.boot_config == record.config_text:
-            return []
+        live, waiting = schema.diff_live(in_force, record.config)
+        return [*waiting, *(key for key in live if key.startswith("limits."))]
+
+    def _in_force(self, record: Record) -> schema.Container | None:
+        """Return what a running container was started with, and its limits as they were set since."""
+        if not record.boot_config or not self._host.live.running(record.id):
+            return None
         try:
-            booted = schema.parse_config(toml.read_container(record.boot_config))
+            return schema.parse_config(toml.read_container(record.boot_config))
         except ConfigError:
-            return []
-        return list(schema.diff_live(booted, record.config)[1])
+            return None
+
+
+def _limits(config: schema.Container) -> dict:
+    """Return the changes that make a file's limits those of `config`."""
+    given = schema.dump_config(config).get("limits", {})
+    names = [key.name for key in schema.KEYS if key.name.startswith("limits.")]
+    return {name: given.get(name.partition(".")[2]) for name in names}
 
 
 def with_macs(text: str) -> str:

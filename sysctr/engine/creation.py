@@ -12,7 +12,7 @@ from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle, limits_of
 from sysctr.engine.record import Record, new_record
 from sysctr.engine.tasks import Task
-from sysctr.errors import Refused, UsageError, WrongState
+from sysctr.errors import Refused, SysctrError, UsageError, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,12 @@ class Creation:
         host.bus.publish("container", id=number, change="created")
         if spec.get("start"):
             task.step("starting")
-            self._lifecycle.start(task, number)
+            try:
+                self._lifecycle.start(task, number)
+            except SysctrError as error:
+                made = f"{number} ({record.config.name}) was created and is kept: `sysctr start {number}`"
+                error.hint = f"{error.hint}\n{made}" if error.hint else made
+                raise
         return {"id": number, "name": record.config.name}
 
     def destroy(self, task: Task, number: int, *, force: bool = False) -> None:

@@ -3,6 +3,8 @@
 import os
 import re
 
+from sysctr.config import toml
+from sysctr.config.schema import Container, parse_config
 from sysctr.engine.host import Host
 from sysctr.engine.job import Task
 from sysctr.engine.plan import CONTAINER_TYPE, volume_job_plan
@@ -31,7 +33,7 @@ class Doors:
         if any("\0" in word for word in argv):
             raise UsageError("cannot execute: an argument has a null byte")
         size = request.get("tty")
-        environment = {"container": CONTAINER_TYPE, **record.usable("execute in").environment}
+        environment = {"container": CONTAINER_TYPE, **_in_force(record).environment}
         if size:
             environment["TERM"] = "xterm-256color"
         environment |= request.get("environment") or {}
@@ -102,6 +104,16 @@ class Doors:
 
     def _ticket(self, request: dict) -> dict:
         return {"ticket": self._host.supervisor.ticket(request), "socket": self._host.where.ticket_socket}
+
+
+def _in_force(record: Record) -> Container:
+    """Return the configuration that a running container was started with.
+
+    A mistake in the file, edited by hand since, must not lock its administrator out.
+    """
+    if record.boot_config and record.boot_config != record.config_text:
+        return parse_config(toml.read_container(record.boot_config))
+    return record.usable("execute in")
 
 
 def _absolute(path: object) -> str:

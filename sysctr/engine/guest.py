@@ -4,6 +4,7 @@ import ctypes
 import threading
 from collections.abc import Sequence
 
+from sysctr.config.values import shown
 from sysctr.engine.plan import GuestFile
 from sysctr.errors import SysctrError, UsageError
 
@@ -60,7 +61,10 @@ def check_ssh_key(key: str) -> str:
         raise UsageError("cannot use this ssh key: it is a private key", "give the file that ends in .pub")
     words = line.split()
     if "\n" in line or "\0" in line or not any(kind in words for kind in _PUBLIC_KEY_KINDS):
-        raise UsageError("cannot use this ssh key: it is not one line of a public key file")
+        raise UsageError(
+            f"cannot use the ssh key {shown(line)}: it is not one line of a public key file",
+            "give a file such as ~/.ssh/id_ed25519.pub",
+        )
     return line
 
 

@@ -54,7 +54,11 @@ class View:
             detail |= {
                 "description": config.description, "limits": flat.get("limits", {}),
                 "nets": [
-                    {"name": n.name, "mac": n.mac, "ip": n.ip, "host_name": self._veth(record.id, n.index)}
+                    {
+                        "name": n.name, "mac": n.mac, "ip": n.ip, "gateway": n.gateway, "mtu": n.mtu,
+                        "bridge": n.bridge or self._host.network.bridge,
+                        "host_name": self._veth(record.id, n.index),
+                    }
                     for n in config.nets
                 ],
                 "environment": config.environment, "init": config.init or (template.init if template else ""),
