@@ -56,6 +56,15 @@ def field(answer: "Any", name: str) -> "Any":
     return answer
 
 
+def not_permitted(where: Layout) -> errors.Refused:
+    """Return the error for a user who may not use the API's socket."""
+    return errors.Refused(
+        f"cannot reach the daemon: permission denied on {where.api_socket}",
+        "use sudo, or have an administrator add you to the group "
+        f"{where.group} (its members are as powerful as root)",
+    )
+
+
 class Client:
     """One connection to the daemon, kept open between requests; not to be shared by threads."""
 
@@ -158,11 +167,7 @@ class Client:
             self._use(self._connect_once())
             return
         except PermissionError as error:
-            raise errors.Refused(
-                f"cannot reach the daemon: permission denied on {self.layout.api_socket}",
-                "use sudo, or have an administrator add you to the group "
-                f"{self.layout.group} (its members are as powerful as root)",
-            ) from error
+            raise not_permitted(self.layout) from error
         except (FileNotFoundError, ConnectionRefusedError) as error:
             if not self.start or os.geteuid() != 0:
                 raise errors.NoDaemon(

@@ -26,7 +26,11 @@ COMMANDS = {
     "set": ("settings", "change", "change settings of a container"),
     "config": ("settings", "change", "print the configuration of a container"),
     "edit": ("settings", "change", "edit the configuration of a container in $EDITOR"),
-    "rename": ("settings", "change", "give a container another name"),
+    "rename": (
+        "settings",
+        "change",
+        "give a container another name; its host name inside follows at the next start",
+    ),
     "passwd": ("settings", "change", "set a password inside a container"),
     "protect": ("settings", "change", "keep containers from being destroyed"),
     "freeze": ("life", "change", "freeze all processes of containers"),

@@ -22,11 +22,13 @@ EXIT_CODES = (
     (6, "no daemon"),
 )
 
+_DAY_S = 86400
+
 
 class Command:
     """One command: how its parser is filled, and the function that does it and returns the exit code."""
 
-    __slots__ = ("arguments", "examples", "exits", "parse", "run")
+    __slots__ = ("arguments", "examples", "exits", "more", "parse", "run")
 
     def __init__(
         self,
@@ -35,12 +37,14 @@ class Command:
         *,
         examples: "Sequence[str]",
         exits: "Sequence[tuple[int | str, str]]" = EXIT_CODES,
+        more: "Sequence[str]" = (),
         parse: "Callable[[argparse.ArgumentParser, list[str]], argparse.Namespace] | None" = None,
     ) -> None:
         self.arguments = arguments
         self.run = run
         self.examples = examples
         self.exits = exits
+        self.more = more
         self.parse = parse or argparse.ArgumentParser.parse_intermixed_args
 
 
@@ -78,7 +82,7 @@ def build_parser(name: str, summary: str, command: Command) -> Parser:
 
 
 def _epilog(command: Command) -> str:
-    lines = ["examples:", *(f"  {example}" for example in command.examples), "", "exit codes:"]
+    lines = [*command.more, "examples:", *(f"  {example}" for example in command.examples), "", "exit codes:"]
     lines += [f"  {code:<5} {meaning}" for code, meaning in command.exits]
     return "\n".join(lines)
 
@@ -133,6 +137,22 @@ def for_each(items: "Iterable[Any]", act: "Callable[[Any], object]") -> int:
             print_error(error)
             worst = max(worst, error.exit_code)
     return worst
+
+
+def seconds(text: str) -> float:
+    """Read the value of an option that is a time; argparse puts its name before the error.
+
+    >>> seconds("90"), seconds("0.5")
+    (90.0, 0.5)
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    # A NaN is in no range.
+    if not 0 <= value <= _DAY_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {_DAY_S}")
+    return value
 
 
 class Selected:

@@ -25,11 +25,11 @@ _COLUMNS = (
     Column("ID", right=True),
     Column("NAME", flexible=True),
     Column("STATE", colour=state_colour),
-    Column("ADDRESS", flexible=True),
+    Column("ADDRESS", flexible=True, narrowest=15),
     Column("MEMORY", right=True),
     Column("UPTIME", right=True),
-    Column("TEMPLATE", flexible=True),
-    Column("TAGS", flexible=True),
+    Column("TEMPLATE", flexible=True, optional=True),
+    Column("TAGS", flexible=True, optional=True),
 )
 
 
@@ -40,11 +40,34 @@ def shown_state(container: "dict[str, Any]") -> str:
     return str(container["state"])
 
 
+def ending(exit_: "dict[str, Any] | None") -> str:
+    """Return how a container ended, as people say it.
+
+    >>> ending({"reason": "exited", "status": 255}), ending({"reason": "halt", "status": 2})
+    ('exited 255', 'halt')
+    """
+    if not exit_:
+        return ""
+    if exit_["reason"] == "killed":
+        return f"killed by signal {exit_['status']}"
+    return f"exited {exit_['status']}" if exit_["reason"] == "exited" else str(exit_["reason"])
+
+
+def _state_cell(container: "dict[str, Any]") -> str:
+    # What an administrator has to look at: a file with a mistake, or an end that nobody asked for inside.
+    notes = ["damaged"] if container.get("error") else []
+    exit_ = container.get("exit") or {}
+    if container["state"] == "stopped" and exit_.get("reason") not in (None, "halt", "reboot"):
+        notes.append(f"exited {exit_['status']}" if exit_["reason"] == "exited" else exit_["reason"])
+    state = shown_state(container)
+    return f"{state} ({', '.join(notes)})" if notes else state
+
+
 def _row(container: "dict[str, Any]") -> "list[str]":
     return [
         str(container["id"]),
         container["name"],
-        shown_state(container),
+        _state_cell(container),
         plain(container.get("addresses")) or "-",
         size(container.get("memory_bytes")),
         duration(container.get("uptime_s")),
@@ -70,7 +93,11 @@ def _list(arguments: "argparse.Namespace", client: "Client") -> None:
         for container in containers:
             print(container["id"])
     else:
-        print_table(_COLUMNS, [_row(container) for container in containers])
+        print_table(
+            _COLUMNS,
+            [_row(container) for container in containers],
+            if_empty="no containers; `sysctr create NAME --template T` makes one",
+        )
 
 
 def _status_arguments(parser: "argparse.ArgumentParser") -> None:
@@ -103,7 +130,6 @@ def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
     usage = {**container, **(container.get("usage") or {})}
     exit_ = container.get("exit")
     task = container.get("task")
-    idmap = container.get("idmap")
     pending = container.get("pending")
     fields = [
         ("id", str(container["id"])),
@@ -111,30 +137,49 @@ def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
         ("state", shown_state(container)),
         ("problem", plain(container.get("error"))),
         ("task", f"{task['kind']} ({task['id']})" if task else ""),
-        ("last end", plain(exit_)),
+        ("last end", f"{ending(exit_)}{_at(exit_.get('ended'))}" if exit_ else ""),
         ("template", plain(container.get("template"))),
         ("description", plain(container.get("description"))),
         ("tags", plain(container.get("tags"))),
         ("addresses", plain(container.get("addresses"))),
     ]
     for number, nic in enumerate(container.get("nets") or []):
-        fields.append((f"net {number}", plain(nic)))
+        fields.append((f"net {number}", plain({key: value for key, value in nic.items() if value})))
     fields += [
         ("init", plain(container.get("init"))),
         ("pid", plain(container.get("pid"))),
         ("uptime", _unless_none(container.get("uptime_s"), duration)),
         ("cpu time", _unless_none(usage.get("cpu_s"), duration)),
         ("memory", _memory(usage)),
+        ("swap used", _unless_none(usage.get("swap_bytes") or None, size)),
+        ("disk used", _unless_none(container.get("disk_used_bytes"), size)),
+        ("traffic", _traffic(usage)),
         ("processes", plain(usage.get("pids"))),
         ("limits", plain(container.get("limits"))),
+        ("environment", plain(container.get("environment"))),
         ("start on boot", plain(container.get("onboot"))),
         ("protected", plain(container.get("protected"))),
         ("pending", f"{plain(sorted(pending))} (until the next start)" if pending else ""),
         ("created", _unless_none(container.get("created"), _moment)),
-        ("ids on the host", plain(idmap)),
+        ("ids on the host", _ids(container.get("idmap"))),
         ("uuid", plain(container.get("uuid"))),
+        ("configuration", plain(container.get("config_file"))),
     ]
     return fields
+
+
+def _at(ended: "Any") -> str:
+    return f" at {moment(ended)}" if isinstance(ended, int | float) else ""
+
+
+def _ids(idmap: "dict[str, int] | None") -> str:
+    return f"{idmap['first']} to {idmap['first'] + idmap['count'] - 1}" if idmap else ""
+
+
+def _traffic(usage: "dict[str, Any]") -> str:
+    if usage.get("net_received_bytes") is None:
+        return ""
+    return f"{size(usage['net_received_bytes'])} received, {size(usage.get('net_sent_bytes'))} sent"
 
 
 def _moment(created: "Any") -> str:

@@ -1,5 +1,7 @@
 """`sysctr create`: a container from a template, with its limits, network, keys and environment."""
 
+import argparse
+
 from sysctr import errors
 from sysctr.cli.command import Command, Selected, task_options, words
 from sysctr.cli.progress import Submitted, finish, submit
@@ -8,28 +10,41 @@ from sysctr.client import path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
     from typing import Any
 
     from sysctr.client import Client
 
 _LIMITS = (
-    ("cores", "N|LIST", "how many cores, or which (2 or 0-3,5)"),
-    ("cpu", "N", "how much CPU time, in cores (1.5)"),
-    ("memory", "SIZE", "most memory (512M)"),
-    ("swap", "SIZE", "most swap (512M)"),
-    ("pids", "N", "most processes"),
-    ("disk", "SIZE", "most disk space (8G), where the storage can enforce it"),
+    ("cores", "N|LIST", "how many cores, such as 2, or which, such as 0-3,5 (default: all)"),
+    ("cpu", "N", "how much CPU time, in cores, such as 1.5 (default: no limit)"),
+    ("memory", "SIZE", "most memory, such as 512M or 2G (default: no limit)"),
+    ("swap", "SIZE", "most swap, such as 512M (default: no limit)"),
+    ("pids", "N", "most processes and threads (default: the host's setting, 4096)"),
+    ("disk", "SIZE", "most disk space, such as 8G, where the storage can enforce it"),
 )
+_FIRST_ID, _LAST_ID = 100, 9999
+
+
+def _number(text: str) -> int:
+    if not (text.isdecimal() and text.isascii() and _FIRST_ID <= int(text[:9]) <= _LAST_ID):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a container number from {_FIRST_ID} to {_LAST_ID}")
+    return int(text)
 
 
 def _arguments(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument(
         "name", metavar="NAME", help="name of the new container: lower-case letters, digits, -"
     )
-    template = parser.add_argument("--template", metavar="T", help="template to create it from")
+    template = parser.add_argument(
+        "--template", metavar="T", help="template to create it from (default: the host's setting, if any)"
+    )
     words(template, "templates")
-    parser.add_argument("--id", metavar="N", type=int, help="number of the container (the first free one)")
+    parser.add_argument(
+        "--id",
+        metavar="N",
+        type=_number,
+        help="number of the container (default: the first free one from 100)",
+    )
     for limit, metavar, meaning in _LIMITS:
         parser.add_argument(f"--{limit}", metavar=metavar, help=meaning)
     parser.add_argument(
@@ -37,14 +52,15 @@ def _arguments(parser: "argparse.ArgumentParser") -> None:
         metavar="NIC",
         action="append",
         default=[],
-        help="a network interface: name=eth0[,bridge=B][,ip=A/N|managed|manual][,gateway=A][,mac=M][,mtu=N]",
+        help="a network card: [name=]eth0[,bridge=B][,ip=A/N|managed|manual][,gw=A][,mac=M][,mtu=N]; may be "
+        "repeated (default: eth0 on the bridge of sysctr, ip=managed)",
     )
     key = parser.add_argument(
         "--ssh-key", metavar="F", action="append", default=[], help="public keys that may log in as root"
     )
     words(key, "files")
     password = parser.add_argument(
-        "--password-file", metavar="F", help="file with root's password (- is stdin)"
+        "--password-file", metavar="F", help="file with root's password (- is stdin; default: none, no login)"
     )
     words(password, "files")
     parser.add_argument("--env", metavar="K=V", action="append", default=[], help="environment of the init")
@@ -55,7 +71,7 @@ def _arguments(parser: "argparse.ArgumentParser") -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="any other setting, as in `sysctr set`",
+        help="any other setting; `sysctr set --help` lists them",
     )
     parser.add_argument("--start", action="store_true", help="start it at once")
     task_options(parser)
@@ -87,7 +103,7 @@ def request(arguments: "argparse.Namespace") -> "dict[str, Any]":
         "ssh_keys": [key for name in arguments.ssh_key for key in read_keys(name)],
         "environment": dict(assignment(text, "--env") for text in arguments.env),
         "tags": arguments.tag,
-        "nets": [nic(text) for text in arguments.net],
+        "nets": arguments.net,
         "onboot": arguments.onboot,
         "start": arguments.start,
     }
@@ -98,21 +114,6 @@ def request(arguments: "argparse.Namespace") -> "dict[str, Any]":
     if arguments.password_file is not None:
         body["password"] = read_secret(arguments.password_file)
     return body
-
-
-def nic(text: str) -> "dict[str, str]":
-    """Read the properties of one network interface; what they may be, the daemon knows.
-
-    >>> nic("name=eth0,ip=10.0.0.2/24")
-    {'name': 'eth0', 'ip': '10.0.0.2/24'}
-    """
-    properties: dict[str, str] = {}
-    for item in text.split(","):
-        key, value = assignment(item, "--net")
-        if key in properties:
-            raise errors.UsageError(f"cannot use --net {text}: {key} is given twice")
-        properties[key] = value
-    return properties
 
 
 def read_keys(name: str) -> "list[str]":

@@ -74,7 +74,9 @@ def _stop(arguments: "argparse.Namespace", client: "Client") -> None:
 
 
 def _restart(arguments: "argparse.Namespace", client: "Client") -> None:
-    _stop(arguments, client)
+    _require_root("restart")
+    if daemon_pid(client.layout) is not None:
+        _stop(arguments, client)
     launch.start(client.layout, START_TIMEOUT_S, client.reachable)
 
 

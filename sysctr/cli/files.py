@@ -68,7 +68,11 @@ def _owner_options(parser: "argparse.ArgumentParser", where: str) -> None:
     parser.add_argument("--user", metavar="U", help=f"owner of the copy {where}, by name or number")
     parser.add_argument("--group", metavar="G", help=f"group of the copy {where}, by name or number")
     parser.add_argument(
-        "--mode", "--perms", metavar="OCTAL", type=_mode, help="mode of the copied files (0644)"
+        "--mode",
+        "--perms",
+        metavar="OCTAL",
+        type=_mode,
+        help="mode of the copied files, such as 0644 (default: kept)",
     )
     parser.add_argument(
         "-r", "--recursive", action="store_true", help="allowed for habit; trees are always copied"

@@ -117,12 +117,17 @@ def _mark(parser: argparse.ArgumentParser, shtab) -> None:  # type: ignore[no-un
 
 
 def _words_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=(*_KINDS, "commands"))
+    parser.add_argument("kind", choices=(*_KINDS, "commands", "keys"))
 
 
 def _words(arguments: argparse.Namespace, client: "Client") -> None:
     if arguments.kind == "commands":
         print("\n".join(dict.fromkeys(name.split(" ")[0] for name in cli.COMMANDS if name[0] != "_")))
+        return
+    if arguments.kind == "keys":
+        from sysctr.cli.keys import KEYS
+
+        print("\n".join(f"{usage.partition('=')[0]}=" for usage, _, _ in KEYS))
         return
     # A press of the tab key starts no daemon.
     client.start = False

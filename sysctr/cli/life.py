@@ -4,7 +4,8 @@ import sys
 import time
 
 from sysctr import errors
-from sysctr.cli.command import Command, Selected, containers, one_container, select, task_options
+from sysctr.cli.command import Command, Selected, containers, one_container, seconds, select, task_options
+from sysctr.cli.container import ending
 from sysctr.cli.output import notice
 from sysctr.cli.progress import finish, submit
 from sysctr.client import field, path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _ACTIVE = ("starting", "running", "frozen", "stopping")
 # An init that never says READY counts as booted as soon as it runs. The daemon waits for the word; so the
 # question is asked again from time to time.
-_WAIT_ROUNDS_S = {"booted": 10.0, "running": 600.0, "stopped": 600.0}
+_WAIT_ROUNDS_S = {"booted": 10.0, "running": 10.0, "stopped": 600.0}
 
 
 def _act(
@@ -38,7 +39,7 @@ def _act(
 
 
 def _timeout_option(parser: "argparse.ArgumentParser", meaning: str) -> None:
-    parser.add_argument("--timeout", metavar="SECONDS", type=float, dest="timeout_s", help=meaning)
+    parser.add_argument("--timeout", metavar="SECONDS", type=seconds, dest="timeout_s", help=meaning)
 
 
 def _start_arguments(parser: "argparse.ArgumentParser") -> None:
@@ -52,7 +53,7 @@ def _start(arguments: "argparse.Namespace", client: "Client") -> int:
 
 def _stop_arguments(parser: "argparse.ArgumentParser") -> None:
     containers(parser, " that run")
-    _timeout_option(parser, "how long the init may take before it is killed")
+    _timeout_option(parser, "how long the init may take before it is killed (default: 10)")
     parser.add_argument(
         "--kill", action="store_true", help="kill at once, as `pct stop` does; data may be lost"
     )
@@ -66,7 +67,15 @@ def _stop(arguments: "argparse.Namespace", client: "Client") -> int:
 
 def _shutdown_arguments(parser: "argparse.ArgumentParser") -> None:
     containers(parser, " that run")
-    _timeout_option(parser, "how long to wait; after it the command fails and the container goes on running")
+    _timeout_option(
+        parser, "how long to wait (default: 60); then the command fails and the container runs on"
+    )
+    task_options(parser)
+
+
+def _reboot_arguments(parser: "argparse.ArgumentParser") -> None:
+    containers(parser, " that run")
+    _timeout_option(parser, "how long the init may take before it is killed (default: 60)")
     task_options(parser)
 
 
@@ -116,7 +125,7 @@ def _destroy(arguments: "argparse.Namespace", client: "Client") -> int:
             raise errors.UsageError(
                 "cannot destroy without asking: there is no terminal to ask on", "add --yes"
             )
-        selected = [one for one in selected if _confirmed(client, one)]
+        selected = [one for one in selected if _confirmed(client, one, force=arguments.force)]
         if not selected:
             return 1
     body = {"force": arguments.force}
@@ -124,10 +133,20 @@ def _destroy(arguments: "argparse.Namespace", client: "Client") -> int:
     return finish(client, started, arguments, lambda one: f"destroyed {one.label}")
 
 
-def _confirmed(client: "Client", one: Selected) -> bool:
+def _confirmed(client: "Client", one: Selected, *, force: bool) -> bool:
     container = field(client.get(path("containers", one.ref)), "container")
     name = container["name"]
     state = "" if container["state"] == "stopped" else f", which is {container['state']}"
+    # Nobody should type a name to be told then that it was in vain.
+    if container.get("protected"):
+        raise errors.Refused(
+            f"cannot destroy {one.label}: it is protected", f"`sysctr protect --off {one.label}` first"
+        )
+    if state and not force:
+        raise errors.WrongState(
+            f"cannot destroy {one.label}: it is {container['state']}",
+            "stop it first, or destroy it with --force",
+        )
     notice(f"this destroys container {container['id']} ({name}){state}, with all its files")
     print("type its name to go on: ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip() == name:
@@ -142,9 +161,9 @@ def _wait_arguments(parser: "argparse.ArgumentParser") -> None:
         "--state",
         choices=("running", "booted", "stopped"),
         default="booted",
-        help="what to wait for (booted)",
+        help="what to wait for (default: booted)",
     )
-    _timeout_option(parser, "give up after this time (never)")
+    _timeout_option(parser, "give up after this time (default: never)")
 
 
 def _wait(arguments: "argparse.Namespace", client: "Client") -> None:
@@ -156,6 +175,13 @@ def _wait(arguments: "argparse.Namespace", client: "Client") -> None:
         container = field(client.get(where, query, timeout_s=round_s + 60), "container")
         if _reached(container, arguments.state):
             return
+        if arguments.state != "stopped" and container["state"] == "stopped" and not container.get("task"):
+            end = ending(container.get("exit"))
+            raise errors.WrongState(
+                f"cannot wait for {arguments.container} to be {arguments.state}: it is stopped"
+                + (f", its last end was: {end}" if end else ""),
+                f"`sysctr logs {arguments.container}` shows what it said last",
+            )
         round_s = _WAIT_ROUNDS_S[arguments.state]
         if deadline is not None:
             round_s = min(round_s, max(0.0, deadline - time.monotonic()))
@@ -184,7 +210,7 @@ COMMANDS = {
         examples=("sysctr stop demo", "sysctr stop --timeout 5 101 102", "sysctr stop --kill demo"),
     ),
     "shutdown": Command(_shutdown_arguments, _shutdown, examples=("sysctr shutdown demo --timeout 60",)),
-    "reboot": Command(_shutdown_arguments, _reboot, examples=("sysctr reboot demo",)),
+    "reboot": Command(_reboot_arguments, _reboot, examples=("sysctr reboot demo",)),
     "freeze": Command(_freeze_arguments, _freeze, examples=("sysctr freeze demo",)),
     "thaw": Command(_thaw_arguments, _thaw, examples=("sysctr thaw --all",)),
     "destroy": Command(

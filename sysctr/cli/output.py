@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Any, TextIO
 
 _UNITS = ("B", "K", "M", "G", "T", "P")
+_BAD_COLOUR = "31"
 _STATE_COLOURS = {"running": "32", "frozen": "36", "starting": "33", "stopping": "33", "booting": "33"}
 
 
@@ -40,13 +41,21 @@ def terminal_width(stream: "TextIO") -> "int | None":
 
 
 def state_colour(state: str) -> str:
-    """Return the SGR code in which a state is shown, or nothing."""
-    return _STATE_COLOURS.get(state, "")
+    """Return the SGR code in which a state is shown, or nothing; what stands behind it is bad news.
+
+    >>> state_colour("running"), state_colour("stopped"), state_colour("stopped (exited 1)")
+    ('32', '', '31')
+    """
+    word, _, note = state.partition(" ")
+    return _BAD_COLOUR if note else _STATE_COLOURS.get(word, "")
 
 
-def print_table(columns: "Sequence[Column]", rows: "Iterable[Sequence[str]]") -> None:
-    """Print a table: cut to the terminal, whole into a pipe."""
+def print_table(columns: "Sequence[Column]", rows: "Sequence[Sequence[str]]", *, if_empty: str = "") -> None:
+    """Print a table: cut to the terminal, whole into a pipe; on a terminal say what to do if it is empty."""
     out = sys.stdout
+    if if_empty and not rows and out.isatty():
+        notice(if_empty)
+        return
     mark = "…" if "utf" in (out.encoding or "").lower() else ">"
     lines = render(columns, rows, available=terminal_width(out), coloured=coloured(out), mark=mark)
     print("\n".join(lines))
@@ -66,9 +75,9 @@ def print_fields(fields: "Iterable[tuple[str, str]]") -> None:
 
 
 def print_error(error: errors.SysctrError) -> None:
-    """Print `sysctr: cannot …: reason` and the hint to stderr."""
+    """Print `sysctr: cannot …: reason` and the hint to stderr; an error without words was told already."""
     sys.stdout.flush()
-    for number, line in enumerate(error.message.splitlines() or [""]):
+    for number, line in enumerate(error.message.splitlines()):
         print(f"sysctr: {neutralise(line)}" if not number else f"  {neutralise(line)}", file=sys.stderr)
     for line in error.hint.splitlines():
         print(f"hint: {neutralise(line)}", file=sys.stderr)
@@ -96,13 +105,15 @@ def size(size_bytes: "int | float | None") -> str:
 
 
 def duration(seconds: "int | float | None") -> str:
-    """Return a duration for people, in its two largest units.
+    """Return a duration for people, in its two largest units; a short one that was measured, exactly.
 
-    >>> duration(5), duration(3725), duration(200000), duration(None)
-    ('5s', '1h 2m', '2d 7h', '-')
+    >>> duration(5), duration(3725), duration(200000), duration(None), duration(0.18)
+    ('5s', '1h 2m', '2d 7h', '-', '0.18s')
     """
     if seconds is None:
         return "-"
+    if isinstance(seconds, float) and seconds < 10:
+        return f"{seconds:.2f}s"
     left = int(seconds)
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):

@@ -79,7 +79,7 @@ def finish(
             one.task = _wait(client, one, display)
             one.error = failure(one.task, one.label)
         if one.error is not None:
-            print_error(one.error)
+            print_error(_naming(one) if len(submitted) > 1 else one.error)
             worst = max(worst, one.error.exit_code)
         elif not arguments.json:
             print(_line(one, arguments, done))
@@ -87,6 +87,15 @@ def finish(
         answers = [one.answer() for one in submitted]
         print_json(answers[0] if single and answers else answers)
     return worst
+
+
+def _naming(one: Submitted) -> errors.SysctrError:
+    """Return the error with the name that the user knows, where several could be meant."""
+    error = one.error
+    assert error is not None
+    if one.label in error.message.replace(":", " ").split():
+        return error
+    return errors.SysctrError(f"{one.label}: {error.message}", error.hint)
 
 
 def _line(one: Submitted, arguments: "argparse.Namespace", done: "Callable[[Submitted], str]") -> str:
@@ -138,7 +147,7 @@ class Detached(errors.SysctrError):
     exit_code = 130
 
     def __init__(self) -> None:
-        super().__init__("stopped waiting")
+        super().__init__("")
 
 
 class _Lines:
@@ -152,8 +161,8 @@ class _Lines:
         self._last: tuple[str, str] = ("", "")
 
     def show(self, label: str, task: "dict[str, Any]") -> None:
-        step = task.get("step") or task["state"]
-        if not self.silent and self._last != (label, step):
+        step = task.get("step") or (task["state"] if task["state"] != "running" else "")
+        if step and not self.silent and self._last != (label, step):
             notice(f"{label}: {step}")
         self._last = (label, step)
 
@@ -176,7 +185,7 @@ class _Bar(_Lines):
         if self._last != (label, ""):
             self._samples = []
             self._last = (label, "")
-        line = bar_line(label, task.get("step") or task["state"], done, total, self._rate(done))
+        line = bar_line(label, task.get("step") or _doing(task), done, total, self._rate(done))
         if self.part:
             line = f"[{self.part}] {line}"
         # One cell is left free: a full line would wrap, and the next \r would return to its second half.
@@ -201,6 +210,10 @@ class _Bar(_Lines):
             sys.stderr.write(erase)
             sys.stderr.flush()
         self._shown = False
+
+
+def _doing(task: "dict[str, Any]") -> str:
+    return str(task["kind"] if task["state"] == "running" else task["state"])
 
 
 def bar_line(label: str, step: str, done: int, total: int, rate: float) -> str:

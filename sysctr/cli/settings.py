@@ -15,6 +15,7 @@ from sysctr.cli.command import (
     task_options,
     words,
 )
+from sysctr.cli.keys import KEYS
 from sysctr.cli.output import notice, plain, print_error, print_json
 from sysctr.cli.progress import finish, submit
 from sysctr.cli.table import neutralise
@@ -23,6 +24,7 @@ from sysctr.client import path
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
     from typing import Any
 
     from sysctr.client import Client
@@ -40,12 +42,13 @@ def assignment(text: str, option: str) -> "tuple[str, str]":
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise errors.UsageError(f"cannot use {option} {text}: it is not of the form KEY=VALUE")
+        raise errors.UsageError(f"cannot use {option} {text}: it is not of the form NAME=VALUE")
     return key.strip(), value
 
 
 def read_secret(name: str) -> str:
     """Return the first line of a file, or of stdin for `-`, as a password."""
+    shown = "stdin" if name == "-" else name
     try:
         if name == "-":
             raw = sys.stdin.buffer.readline(_SECRET_LIMIT)
@@ -54,11 +57,11 @@ def read_secret(name: str) -> str:
                 raw = source.readline(_SECRET_LIMIT)
         password = raw.rstrip(b"\r\n").decode()
     except OSError as error:
-        raise errors.UsageError(f"cannot read the password from {name}: {error.strerror}") from error
+        raise errors.UsageError(f"cannot read the password from {shown}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise errors.UsageError(f"cannot read the password from {name}: it is not text") from error
+        raise errors.UsageError(f"cannot read the password from {shown}: it is not text") from error
     if not password:
-        raise errors.UsageError(f"cannot read the password from {name}: it is empty")
+        raise errors.UsageError(f"cannot read the password from {shown}: it is empty")
     return password
 
 
@@ -77,6 +80,11 @@ def _config(arguments: "argparse.Namespace", client: "Client") -> None:
     else:
         # A description may hold what came with a template; the lines themselves are the file's.
         print("\n".join(neutralise(line.expandtabs()) for line in answer["toml"].rstrip("\n").split("\n")))
+        sys.stdout.flush()
+        for key in answer["pending"]:
+            notice(f"pending until the next start: {key}")
+        if answer.get("error"):
+            notice(f"damaged: {answer['error']}")
 
 
 def _print_pending(pending: "Any", as_json: bool) -> None:
@@ -90,11 +98,21 @@ def _print_pending(pending: "Any", as_json: bool) -> None:
             print(neutralise(str(key)))
 
 
+def _key_lines() -> "list[str]":
+    wide = max(len(usage) for usage, _, _ in KEYS)
+    keys = [f"  {usage:<{wide}}  {doc}{'*' if when == 'restart' else ''}" for usage, when, doc in KEYS]
+    return ["keys (* a running container takes it at its next start):", *keys, ""]
+
+
 def _set_arguments(parser: "argparse.ArgumentParser") -> None:
     one_container(parser)
-    parser.add_argument(
-        "changes", metavar="KEY=VALUE", nargs="*", help="limits.memory=1G, or short: memory=1G"
+    action = parser.add_argument(
+        "changes",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="limits.memory=1G, or short: memory=1G; an empty value goes back to the default",
     )
+    words(action, "keys")
     parser.add_argument(
         "--unset", metavar="KEY", action="append", default=[], help="go back to the default of this key"
     )
@@ -132,6 +150,8 @@ def _report(answer: "dict[str, Any]", as_json: bool) -> None:
         return
     for key in answer.get("applied") or []:
         print(f"applied: {neutralise(key)}")
+    if not (answer.get("applied") or answer.get("pending")):
+        notice("nothing was changed")
     for key in answer.get("pending") or []:
         print(f"pending until the next start: {neutralise(key)}")
 
@@ -151,9 +171,8 @@ def _edit(arguments: "argparse.Namespace", client: "Client") -> None:
     with os.fdopen(fd, "w", encoding="utf-8") as out:
         out.write(answer["toml"])
     while True:
-        _run_editor(draft)
-        with open(draft, encoding="utf-8", errors="surrogateescape") as source:
-            text = source.read()
+        _run_editor(draft, lambda: _draft_text(draft) != answer["toml"])
+        text = _draft_text(draft)
         if text == answer["toml"]:
             os.unlink(draft)
             notice("nothing was changed")
@@ -173,7 +192,12 @@ def _edit(arguments: "argparse.Namespace", client: "Client") -> None:
         return
 
 
-def _run_editor(name: str) -> None:
+def _draft_text(draft: str) -> str:
+    with open(draft, encoding="utf-8", errors="surrogateescape") as source:
+        return source.read()
+
+
+def _run_editor(name: str, changed: "Callable[[], bool]") -> None:
     import shlex
 
     try:
@@ -181,9 +205,15 @@ def _run_editor(name: str) -> None:
         pid = os.posix_spawnp(editor[0], [*editor, name], os.environ)
     except (OSError, ValueError, IndexError) as error:
         os.unlink(name)
-        raise errors.UsageError(f"cannot edit: the editor does not start: {error}", "set EDITOR") from error
+        reason = (
+            f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else "no program is named"
+        )
+        raise errors.UsageError(f"cannot edit: the editor does not start: {reason}", "set EDITOR") from error
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status:
+        if not changed():
+            os.unlink(name)
+            raise errors.SysctrError(f"cannot edit: the editor ended with {status}, and nothing was changed")
         raise errors.SysctrError(
             f"cannot edit: the editor ended with {status}", f"the text is kept in {name}"
         )
@@ -202,11 +232,12 @@ def _rename_arguments(parser: "argparse.ArgumentParser") -> None:
 
 def _rename(arguments: "argparse.Namespace", client: "Client") -> None:
     client.post(path("containers", arguments.container, "rename"), {"name": arguments.name})
+    print(neutralise(f"renamed {arguments.container} to {arguments.name}"))
 
 
 def _passwd_arguments(parser: "argparse.ArgumentParser") -> None:
     one_container(parser)
-    parser.add_argument("--user", metavar="U", default="root", help="whose password (root)")
+    parser.add_argument("--user", metavar="U", default="root", help="whose password (default: root)")
     source = parser.add_mutually_exclusive_group()
     secret = source.add_argument("--password-file", metavar="F", help="read the password from a file")
     words(secret, "files")
@@ -253,7 +284,12 @@ def _protect_arguments(parser: "argparse.ArgumentParser") -> None:
 def _protect(arguments: "argparse.Namespace", client: "Client") -> int:
     body = {"protected": not arguments.off}
     chosen = select(client, arguments)
-    return for_each(chosen, lambda one: client.post(path("containers", one.ref, "protect"), body))
+
+    def protect(one: Selected) -> None:
+        client.post(path("containers", one.ref, "protect"), body)
+        print(neutralise(f"{'no longer protected' if arguments.off else 'protected'}: {one.label}"))
+
+    return for_each(chosen, protect)
 
 
 COMMANDS = {
@@ -263,7 +299,12 @@ COMMANDS = {
     "set": Command(
         _set_arguments,
         _set,
-        examples=("sysctr set demo memory=1G cores=2", "sysctr set demo onboot=true --unset limits.cpu"),
+        examples=(
+            "sysctr set demo memory=1G cores=2",
+            "sysctr set demo limits.memory= --unset limits.cpu",
+            "sysctr set demo net.1=eth1,bridge=vmbr0,ip=192.0.2.10/24",
+        ),
+        more=_key_lines(),
     ),
     "edit": Command(_edit_arguments, _edit, examples=("EDITOR=nano sysctr edit demo",)),
     "rename": Command(_rename_arguments, _rename, examples=("sysctr rename demo web",)),

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from sysctr.client import Client
 
 _EXIT_CODES = (
-    ("0-125", "that of the program; 1 to 6 also as below"),
+    ("0-255", "that of the program; 1 to 6 also as below"),
+    (125, "the program could not be started: no such user, say"),
     (126, "the program cannot be executed"),
     (127, "no such program"),
     ("128+N", "the program was killed by signal N"),
@@ -74,12 +75,14 @@ def _exec_arguments(parser: "argparse.ArgumentParser") -> None:
         "--all", action="store_true", help="all running containers, output prefixed by their names"
     )
     parser.add_argument("--tag", metavar="T", help="all running containers with this tag")
-    parser.add_argument("-u", "--user", metavar="U", help="user inside, by name or number (root)")
-    parser.add_argument("-C", "--cwd", metavar="DIR", help="directory inside (the user's home)")
+    parser.add_argument("-u", "--user", metavar="U", help="user inside, by name or number (default: root)")
+    parser.add_argument("-C", "--cwd", metavar="DIR", help="directory inside (default: the user's home)")
     parser.add_argument(
         "-e", "--env", metavar="K=V", action="append", default=[], help="environment variable"
     )
-    parser.add_argument("-t", "--tty", action="store_true", help="give the program a terminal")
+    parser.add_argument(
+        "-t", "--tty", action="store_true", help="give the program a terminal (default: pipes, byte for byte)"
+    )
 
 
 def _exec(arguments: "argparse.Namespace", client: "Client") -> int:
@@ -108,8 +111,8 @@ def exec_request(argv: "list[str]", arguments: "argparse.Namespace") -> "dict[st
 
 def _enter_arguments(parser: "argparse.ArgumentParser") -> None:
     one_container(parser)
-    parser.add_argument("-u", "--user", metavar="U", help="user inside, by name or number (root)")
-    parser.add_argument("-C", "--cwd", metavar="DIR", help="directory inside (the user's home)")
+    parser.add_argument("-u", "--user", metavar="U", help="user inside, by name or number (default: root)")
+    parser.add_argument("-C", "--cwd", metavar="DIR", help="directory inside (default: the user's home)")
     parser.add_argument(
         "-e", "--env", metavar="K=V", action="append", default=[], help="environment variable"
     )
@@ -211,7 +214,7 @@ def _console_arguments(parser: "argparse.ArgumentParser") -> None:
         "--escape",
         metavar="^X",
         default="^a",
-        help="the key before q that detaches (^a); none for no such key",
+        help="the key before q that detaches (default: ^a); none for no such key",
     )
 
 

@@ -4,7 +4,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-# A column that gives way is still readable with this many characters.
+# A column that gives way is mostly still readable with this many characters.
 NARROWEST = 6
 GAP = "  "
 _NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
@@ -77,40 +77,60 @@ def cut(text: str, cells: int, mark: str = "…") -> str:
 
 
 class Column:
-    """One column: its title, whether it may be cut, where its text stands, and how it is coloured."""
+    """One column: its title, whether and to which width it may be cut, and how it stands and is coloured.
 
-    __slots__ = ("colour", "flexible", "right", "title")
+    An optional column is left out where the terminal is too narrow for all of them, the last one first.
+    """
+
+    __slots__ = ("colour", "flexible", "narrowest", "optional", "right", "title")
 
     def __init__(
         self,
         title: str,
         *,
         flexible: bool = False,
+        narrowest: int = NARROWEST,
+        optional: bool = False,
         right: bool = False,
         colour: "Callable[[str], str] | None" = None,
     ) -> None:
         self.title = title
         self.flexible = flexible
+        self.narrowest = narrowest
+        self.optional = optional
         self.right = right
         self.colour = colour
 
 
-def fit(widths: "Sequence[int]", flexible: "Sequence[bool]", available: int) -> "list[int]":
-    """Narrow the widest flexible columns, one cell at a time, until the row fits or none can give more.
+def fit(widths: "Sequence[int]", narrowest: "Sequence[int]", available: int) -> "list[int]":
+    """Narrow the widest columns, one cell at a time, until the row fits or none can give more.
 
-    >>> fit([3, 20, 10], [False, True, True], 25)
+    >>> fit([3, 20, 10], [3, 6, 6], 25)
     [3, 9, 9]
     """
     fitted = list(widths)
-    over = sum(fitted) + len(GAP) * (len(fitted) - 1) - available
+    over = _row_width(fitted) - available
     while over > 0:
-        candidates = [at for at, may in enumerate(flexible) if may and fitted[at] > NARROWEST]
+        candidates = [at for at, least in enumerate(narrowest) if fitted[at] > least]
         if not candidates:
             break
         widest = max(candidates, key=lambda at: fitted[at])
         fitted[widest] -= 1
         over -= 1
     return fitted
+
+
+def _row_width(widths: "Sequence[int]") -> int:
+    return sum(widths) + len(GAP) * (len(widths) - 1)
+
+
+def _chosen(columns: "Sequence[Column]", narrowest: "Sequence[int]", available: int) -> "list[int]":
+    """Return which columns are shown, by their place."""
+    chosen = list(range(len(columns)))
+    for at in reversed(range(len(columns))):
+        if columns[at].optional and _row_width([narrowest[kept] for kept in chosen]) > available:
+            chosen.remove(at)
+    return chosen
 
 
 def render(
@@ -126,7 +146,14 @@ def render(
     table = [[column.title for column in columns], *cells]
     widths = [max(map(width, texts)) for texts in zip(*table, strict=True)]
     if available is not None:
-        widths = fit(widths, [column.flexible for column in columns], available)
+        narrowest = [
+            min(cells, column.narrowest) if column.flexible else cells
+            for cells, column in zip(widths, columns, strict=True)
+        ]
+        chosen = _chosen(columns, narrowest, available)
+        columns = [columns[at] for at in chosen]
+        table = [[row[at] for at in chosen] for row in table]
+        widths = fit([widths[at] for at in chosen], [narrowest[at] for at in chosen], available)
     lines = []
     for number, row in enumerate(table):
         parts = []

@@ -31,7 +31,7 @@ _COLUMNS = (
     Column("KIND"),
     Column("CONTAINER", right=True),
     Column("STATE", colour=lambda state: _STATE_COLOURS.get(state, "")),
-    Column("CREATED"),
+    Column("CREATED", optional=True),
     Column("TOOK", right=True),
     Column("STEP", flexible=True),
 )

@@ -24,7 +24,7 @@ _COLUMNS = (
     Column("ARCH"),
     Column("SIZE", right=True),
     Column("CREATED"),
-    Column("SOURCE", flexible=True),
+    Column("SOURCE", flexible=True, optional=True),
 )
 
 
@@ -63,7 +63,11 @@ def _list(arguments: "argparse.Namespace", client: "Client") -> None:
         for template in templates:
             print(template["name"])
     else:
-        print_table(_COLUMNS, [_row(template) for template in templates])
+        print_table(
+            _COLUMNS,
+            [_row(template) for template in templates],
+            if_empty="no templates; `sysctr template build debian-12` builds one, `… build tiny` a small one",
+        )
 
 
 def _show_arguments(parser: "argparse.ArgumentParser") -> None:
@@ -86,7 +90,7 @@ def _show(arguments: "argparse.Namespace", client: "Client") -> None:
 def _build_arguments(parser: "argparse.ArgumentParser") -> None:
     recipe = parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or a file NAME.toml")
     words(recipe, "files")
-    parser.add_argument("--name", metavar="N", help="name of the template (the recipe's)")
+    parser.add_argument("--name", metavar="N", help="name of the template (default: the recipe's)")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="a value the recipe asks for"
     )
@@ -107,7 +111,7 @@ def _build(arguments: "argparse.Namespace", client: "Client") -> int:
 def _import_arguments(parser: "argparse.ArgumentParser") -> None:
     archive = parser.add_argument("file", metavar="FILE", help="a tar archive of a root file system")
     words(archive, "files")
-    parser.add_argument("--name", metavar="N", help="name of the template (the file's)")
+    parser.add_argument("--name", metavar="N", help="name of the template (default: the file's)")
     task_options(parser)
 
 

@@ -3,6 +3,7 @@
 import re
 import sys
 
+from sysctr import errors
 from sysctr.cli.command import Command, json_option, one_container
 from sysctr.cli.output import moment, plain
 from sysctr.cli.table import neutralise
@@ -71,6 +72,12 @@ def _logs_arguments(parser: "argparse.ArgumentParser") -> None:
 def _logs(arguments: "argparse.Namespace", client: "Client") -> None:
     query = {"kind": arguments.kind, "follow": True if arguments.follow else None}
     print_log(client.stream(path("containers", arguments.container, "logs"), query), raw=arguments.raw)
+    if arguments.follow:
+        raise _cut_off(f"the log of {arguments.container}")
+
+
+def _cut_off(what: str) -> errors.NoDaemon:
+    return errors.NoDaemon(f"cannot follow {what} any longer: the daemon was stopped", "run it again")
 
 
 def _events_arguments(parser: "argparse.ArgumentParser") -> None:
@@ -83,6 +90,7 @@ def _events(arguments: "argparse.Namespace", client: "Client") -> None:
             print_event(kind, data)
         else:
             print(event_line(kind, data), flush=True)
+    raise _cut_off("the events")
 
 
 def print_event(kind: str, data: "Any") -> None:
@@ -98,9 +106,17 @@ def event_line(kind: str, data: "Any") -> str:
 
     >>> event_line("state", {"container": 101, "state": "running", "time": None})
     'state container=101 state=running'
+    >>> event_line("task", {"task": {"id": "7f", "kind": "stop", "subject": 101, "state": "done"}})
+    'task task=stop id=7f subject=101 state=done'
     """
     if not isinstance(data, dict):
         return neutralise(f"{kind} {data}")
+    if isinstance(data.get("task"), dict):
+        # What a task has beyond this is for `task show`.
+        task = data["task"]
+        error = (task.get("error") or {}).get("message")
+        kept = {key: task.get(key) for key in ("id", "subject", "state", "step")}
+        data = {**data, "task": task.get("kind"), **kept, "error": error}
     stamp = next((data[key] for key in _TIME_KEYS if isinstance(data.get(key), int | float)), None)
     parts = [] if stamp is None else [moment(stamp)]
     parts.append(str(data.get("kind", kind)) if kind == "message" else kind)

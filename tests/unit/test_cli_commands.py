@@ -4,6 +4,7 @@ import doctest
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,8 +12,10 @@ import threading
 import pytest
 
 from sysctr import cli, errors
-from sysctr.cli import create, main, progress, settings, watch
+from sysctr.cli import command, container, create, main, output, progress, settings, watch
 from sysctr.cli.command import build_parser
+from sysctr.cli.keys import KEYS
+from sysctr.config import schema
 from tests.unit.cli_stub import Stub
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -31,7 +34,7 @@ def asked(stub, method):
     return [(where, body) for verb, where, _, body in stub.requests if verb == method]
 
 
-@pytest.mark.parametrize("module", [cli, create, progress, settings, watch])
+@pytest.mark.parametrize("module", [cli, command, container, create, output, progress, settings, watch])
 def test_examples_of_the_modules_hold(module):
     assert doctest.testmod(module).failed == 0
 
@@ -75,7 +78,8 @@ def test_an_unknown_command_is_usage_and_the_nearest_is_named(typed, meant, caps
 @pytest.mark.parametrize(
     "arguments",
     [["list", "--nope"], ["start"], ["start", "--all", "demo"], ["set", "demo"], ["set", "demo", "x"],
-     ["wait"], ["create", "x", "--net", "eth0"], ["create", "x", "--id", "many"],
+     ["wait"], ["create", "x", "--id", "99"], ["create", "x", "--id", "many"],
+     ["stop", "x", "--timeout", "nan"], ["wait", "x", "--timeout", "-1"],
      ["console", "x", "--escape", "a"]],
 )  # fmt: skip
 def test_wrong_usage_is_one_error_line_and_code_two(stub, arguments, capsys):
@@ -119,7 +123,7 @@ def test_several_containers_start_before_the_first_is_waited_for_and_the_worst_c
     shown = capsys.readouterr()
     assert shown.out == "started 101\n"
     assert "cannot start 102: task 1 stops it\nhint: wait\n" in shown.err
-    assert "sysctr: no init" in shown.err
+    assert "sysctr: 103: no init" in shown.err
     assert [verb for verb, _, _, _ in stub.requests] == ["POST", "POST", "POST", "GET", "GET"]
 
 
@@ -202,7 +206,7 @@ def test_create_sends_every_option(stub, tmp_path, capsys):
     assert asked(stub, "POST")[0][1] == {
         "name": "web", "id": 120, "template": "debian-12", "onboot": True, "start": True, "tags": ["x", "y"],
         "set": {"stop_signal": "SIGINT", "limits.cores": "2", "limits.memory": "1G"},
-        "nets": [{"name": "eth0", "ip": "10.0.0.2/24"}], "environment": {"A": "b=c"}, "password": "secret",
+        "nets": ["name=eth0,ip=10.0.0.2/24"], "environment": {"A": "b=c"}, "password": "secret",
         "ssh_keys": ["ssh-ed25519 AAAA me"],
     }  # fmt: skip
 
@@ -226,7 +230,7 @@ def test_destroy_refuses_to_guess_without_a_terminal(stub, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("typed", "code"), [("demo\n", 0), ("101\n", 1), ("\n", 1), ("", 1)])
 def test_destroy_on_a_terminal_wants_the_name(stub, monkeypatch, typed, code):
-    stub.routes["GET", "/1/containers/101"] = stub.container()
+    stub.routes["GET", "/1/containers/101"] = stub.container(state="stopped")
     stub.routes["DELETE", "/1/containers/101"] = (202, {"task": stub.task("destroy")})
     terminal = io.StringIO(typed)
     terminal.isatty = lambda: True
@@ -234,6 +238,67 @@ def test_destroy_on_a_terminal_wants_the_name(stub, monkeypatch, typed, code):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert main(["destroy", "101"]) == code
     assert len(asked(stub, "DELETE")) == (1 if code == 0 else 0)
+
+
+@pytest.mark.parametrize(("facts", "code"), [({"state": "running"}, 4), ({"protected": True}, 5)])
+def test_destroy_does_not_ask_for_what_the_daemon_will_refuse(stub, monkeypatch, capsys, facts, code):
+    stub.routes["GET", "/1/containers/101"] = stub.container(**facts)
+    terminal = io.StringIO("demo\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert main(["destroy", "101"]) == code
+    assert "type its name" not in capsys.readouterr().err
+    assert asked(stub, "DELETE") == []
+
+
+def test_the_list_marks_an_end_that_nobody_asked_for_inside_and_a_file_with_a_mistake(stub, capsys):
+    ends = [("exited", 255), ("killed", 9), ("halt", 2)]
+    stub.routes["GET", "/1/containers"] = [
+        stub.container(number, f"c{number}", state="stopped", exit={"reason": reason, "status": status})
+        for number, (reason, status) in enumerate(ends, 101)
+    ] + [stub.container(104, "c104", booted=True, error="cannot accept onbot: no such key")]
+    assert main(["list"]) == 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    shown = [row[11:].split("  ")[0] for row in rows]
+    assert shown == ["stopped (exited 255)", "stopped (killed)", "stopped", "running (damaged)"]
+
+
+def test_info_says_when_and_how_it_ended(stub, capsys):
+    stub.routes["GET", "/1/containers/demo"] = stub.container(
+        state="stopped", exit={"reason": "killed", "status": 9, "ended": 0},
+        idmap={"first": 100000, "count": 65536},
+    )  # fmt: skip
+    assert main(["info", "demo"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^last end: +killed by signal 9 at 19(69|70)-", shown, re.MULTILINE)
+    assert re.search(r"^ids on the host: 100000 to 165535$", shown, re.MULTILINE)
+
+
+def test_nothing_is_waited_for_that_cannot_come(stub, capsys):
+    answers = [
+        stub.container(state="stopped", task={"id": "t1", "kind": "start"}),
+        stub.container(state="stopped", exit={"reason": "exited", "status": 255}),
+    ]
+    stub.routes["GET", "/1/containers/demo/wait"] = lambda *_: answers.pop(0)
+    assert main(["wait", "demo"]) == 4
+    assert "it is stopped, its last end was: exited 255\nhint: `sysctr logs demo`" in capsys.readouterr().err
+
+
+def test_the_keys_of_the_help_are_those_of_the_schema():
+    wanted = [(key.usage, key.live, key.doc) for key in schema.KEYS if key.live != "fixed"]
+    assert list(KEYS) == wanted
+
+
+def test_config_says_on_stderr_what_waits_and_leaves_stdout_the_file(stub, capsys):
+    stub.routes["GET", "/1/containers/demo/config"] = {
+        "toml": "schema = 1\n",
+        "pending": ["init"],
+        "error": "",
+    }
+    assert main(["config", "demo"]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("schema = 1\n", "pending until the next start: init\n")
 
 
 def test_set_reports_what_waits_for_the_next_start(stub, capsys):
@@ -313,9 +378,10 @@ def test_events_are_lines(stub, capsys):
         200,
         ["chunks", b'data: {"kind": "container", "id": 101, "note": "\\u001b"}\n\n'],
     )
-    assert main(["events"]) == 0
+    # A stream that ends is a daemon that ended: who follows has to know.
+    assert main(["events"]) == 6
     assert capsys.readouterr().out == "container id=101 note=\\x1b\n"
-    assert main(["events", "--json"]) == 0
+    assert main(["events", "--json"]) == 6
     assert json.loads(capsys.readouterr().out)["id"] == 101
 
 

@@ -56,15 +56,27 @@ def test_cut_text_is_never_wider_than_asked(text, cells):
 @given(st.lists(st.tuples(st.integers(0, 80), st.booleans()), min_size=1, max_size=8), st.integers(1, 200))
 def test_a_row_fits_whenever_its_columns_can_give_enough(columns, available):
     widths = [cells for cells, _ in columns]
-    flexible = [may for _, may in columns]
-    fitted = fit(widths, flexible, available)
     least = [min(cells, NARROWEST) if may else cells for cells, may in columns]
+    fitted = fit(widths, least, available)
     gaps = len(GAP) * (len(columns) - 1)
     if sum(least) + gaps <= available:
         assert sum(fitted) + gaps <= available
     else:
         assert fitted == least
-    assert all(now == before for now, before, may in zip(fitted, widths, flexible, strict=True) if not may)
+    assert all(now == cells for now, (cells, may) in zip(fitted, columns, strict=True) if not may)
+
+
+def test_optional_columns_go_before_another_is_cut_too_short():
+    columns = (
+        Column("NAME"),
+        Column("IP", flexible=True, narrowest=9),
+        Column("A", optional=True),
+        Column("B", optional=True),
+    )
+    rows = [("web", "10.0.0.10", "aaaa", "bbbb")]
+    assert render(columns, rows, available=27)[1].split() == ["web", "10.0.0.10", "aaaa", "bbbb"]
+    assert render(columns, rows, available=26)[1].split() == ["web", "10.0.0.10", "aaaa"]
+    assert render(columns, rows, available=10)[1].split() == ["web", "10.0.0.10"]
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), max_size=6), st.integers(30, 120))
