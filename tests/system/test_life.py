@@ -263,12 +263,14 @@ def test_the_first_free_number_is_taken_unless_one_is_given(host: Node) -> None:
 def test_wait_returns_when_the_state_is_reached_and_fails_when_it_is_not(shared_host: Node) -> None:
     name = create(shared_host, start=False)
     shared_host.run("wait", name, "--state", "stopped")
-    in_vain = ["wait", name, "--state", "running", "--timeout", "0.2"]
-    refused(shared_host, 4, "it is stopped after 0.2 s", *in_vain)
-    waiting = shared_host.popen("wait", name, "--state", "running", stderr=subprocess.PIPE)
+    refused(shared_host, 4, "it is stopped", "wait", name, "--state", "running", "--timeout", "0.2")
     shared_host.run("start", name)
-    assert waiting.wait(20) == 0
     shared_host.run("wait", name)  # an init that never says READY counts as booted when it runs
+    in_vain = ["wait", name, "--state", "stopped", "--timeout", "0.2"]
+    refused(shared_host, 4, "it is running after 0.2 s", *in_vain)
+    waiting = shared_host.popen("wait", name, "--state", "stopped")
+    shared_host.run("stop", name)
+    assert waiting.wait(20) == 0
 
 
 def test_events_tell_the_life_of_a_container(shared_host: Node) -> None:
