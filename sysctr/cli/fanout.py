@@ -2,12 +2,14 @@
 
 import os
 import select
+import signal
 import sys
 
 from sysctr import errors
 from sysctr.cli.command import Selected
 from sysctr.cli.command import select as select_containers
 from sysctr.cli.output import notice, print_error
+from sysctr.cli.pump import PATIENCE, Signals
 from sysctr.cli.table import neutralise
 from sysctr.client import Ticket, field, path
 
@@ -105,9 +107,17 @@ def exec_in_all(client: "Client", arguments: "argparse.Namespace", request: "dic
     chosen = select_containers(client, arguments, ("running",))
     if not (arguments.all or arguments.tag is not None):
         _require_known(client, chosen)
+    with Signals([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]) as signals:
+        return _run_all(client, chosen, request, signals)
+
+
+def _run_all(
+    client: "Client", chosen: "Sequence[Selected]", request: "dict[str, Any]", signals: Signals
+) -> int:
     waiting = list(reversed(chosen))
     runs: list[_Run] = []
     worst = 0
+    taken = b""
     try:
         while waiting or runs:
             while waiting and len(runs) < AT_ONCE:
@@ -120,25 +130,35 @@ def exec_in_all(client: "Client", arguments: "argparse.Namespace", request: "dic
                 except errors.SysctrError as error:
                     print_error(error)
                     worst = max(worst, error.exit_code)
-            _advance(runs)
+            _advance(runs, signals.fd)
+            for number in signals.take():
+                # As in one container: it is for the program, and whoever repeats it in vain means us.
+                taken += bytes([number])
+                waiting.clear()
+                for run in runs:
+                    run.ticket.send({"signal": number})
+                if len(taken) >= PATIENCE:
+                    return 128 + number
             for run in [run for run in runs if run.ended]:
                 runs.remove(run)
                 run.close()
                 worst = max(worst, _report(run))
+        worst = max([worst, *(128 + number for number in taken[:1])])
     finally:
         for run in runs:
             run.close()
     return worst
 
 
-def _advance(runs: "Sequence[_Run]") -> None:
+def _advance(runs: "Sequence[_Run]", signals_fd: int) -> None:
     poll = select.poll()
     owners = {fd: run for run in runs for fd in run.fds()}
-    for fd in owners:
+    for fd in (*owners, signals_fd):
         poll.register(fd, select.POLLIN)
     if owners:
         for fd, _ in poll.poll():
-            owners[fd].advance(fd)
+            if fd in owners:
+                owners[fd].advance(fd)
 
 
 def _report(run: _Run) -> int:

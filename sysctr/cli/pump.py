@@ -22,6 +22,8 @@ SAFE_WRITE_BYTES = 4096
 # A program that has ended may have left children that still write, as `tee` in `> >(tee log)` does. Their
 # output is waited for as long as some comes; a service that keeps stdout open must not hold us for ever.
 IDLE_GRACE_S = 1.0
+# So many interrupts in vain, and the user means us.
+PATIENCE = 3
 _BROKEN = select.POLLERR | select.POLLNVAL
 _READABLE = select.POLLIN | select.POLLHUP | _BROKEN
 

@@ -6,7 +6,7 @@ import sys
 from sysctr import errors
 from sysctr.cli.command import EXIT_CODES, Command, one_container, words
 from sysctr.cli.output import notice, print_error
-from sysctr.cli.pump import Flow, RawTerminal, Signals, pump, window_size
+from sysctr.cli.pump import PATIENCE, Flow, RawTerminal, Signals, pump, window_size
 from sysctr.cli.settings import assignment
 from sysctr.client import Ticket, path
 
@@ -26,8 +26,6 @@ _EXIT_CODES = (
     *EXIT_CODES[1:],
 )
 _EOF = b"\x04"
-# So many interrupts in vain, and the user means us.
-_PATIENCE = 3
 _VALUE_OPTIONS = ("-u", "--user", "-C", "--cwd", "-e", "--env", "--tag")
 
 
@@ -202,7 +200,7 @@ class Session:
             return False
         self.ticket.send({"signal": number})
         self._interrupts += 1
-        if number == signal.SIGHUP or self._interrupts >= _PATIENCE:
+        if number == signal.SIGHUP or self._interrupts >= PATIENCE:
             self._status = 128 + number
             return True
         return False

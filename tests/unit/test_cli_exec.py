@@ -147,18 +147,21 @@ def test_a_service_that_keeps_stdout_open_does_not_hold_us(stub, serve):
     assert time.monotonic() - began < 10
 
 
+def wait_until_caught(pid, number):
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        with open(f"/proc/{pid}/status") as status:
+            mask = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
+        if mask & 1 << (number - 1):
+            break
+
+
 def test_an_interrupt_is_passed_on_and_shows_in_the_exit_code(stub, serve):
     serve(programs(["sleep", "100"], wait_for_signal=True))
     with subprocess.Popen(
         command("exec", "demo", "--", "sleep", "100"), env=environment(stub), stdin=subprocess.PIPE
     ) as process:
-        deadline = time.monotonic() + DEADLINE_S
-        caught = 1 << (signal.SIGTERM - 1)
-        while time.monotonic() < deadline:
-            with open(f"/proc/{process.pid}/status") as status:
-                mask = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
-            if mask & caught:
-                break
+        wait_until_caught(process.pid, signal.SIGTERM)
         process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE_S) == 128 + signal.SIGTERM
 
@@ -206,6 +209,18 @@ def test_several_containers_print_with_their_names_and_the_worst_code_wins(stub,
     done = sysctr(stub, "exec", "--all", "--", "x", stdin=subprocess.DEVNULL)
     assert sorted(done.stdout.splitlines()) == [b"demo: in demo", b"web: in web"]
     assert done.returncode == 4
+
+
+def test_a_signal_reaches_the_programs_in_all_containers(stub, serve):
+    serve(programs(["sleep", "100"], wait_for_signal=True))
+    with subprocess.Popen(
+        command("exec", "--all", "--", "sleep", "100"), env=environment(stub), stderr=subprocess.PIPE
+    ) as process:
+        wait_until_caught(process.pid, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=DEADLINE_S)[1]
+        assert said.count(b"exit code 143") == 2, said
+        assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_nothing_runs_anywhere_if_one_of_the_names_is_none(stub, serve):
