@@ -141,7 +141,10 @@ def changes(assignments: "list[str]", unset: "list[str]") -> "dict[str, str | No
 def _set(arguments: "argparse.Namespace", client: "Client") -> None:
     where = path("containers", arguments.container, "config")
     wanted = {"changes": changes(arguments.changes, arguments.unset)}
-    _report(client.request("PATCH", where, wanted), arguments.json)
+    answer = client.request("PATCH", where, wanted)
+    _report(answer, arguments.json)
+    if not (answer.get("applied") or answer.get("pending")):
+        notice("nothing was changed: it is so already")
 
 
 def _report(answer: "dict[str, Any]", as_json: bool) -> None:
@@ -150,8 +153,6 @@ def _report(answer: "dict[str, Any]", as_json: bool) -> None:
         return
     for key in answer.get("applied") or []:
         print(f"applied: {neutralise(key)}")
-    if not (answer.get("applied") or answer.get("pending")):
-        notice("nothing was changed")
     for key in answer.get("pending") or []:
         print(f"pending until the next start: {neutralise(key)}")
 

@@ -29,8 +29,14 @@ class Changes:
 
     def apply(self, record: Record, changes: dict) -> dict:
         """Set and unset keys; comments and order of the file stay."""
-        text = toml.edit(record.config_text, schema.plain_changes(changes))
-        return self.replace(record, text, record.digest)
+        wanted = schema.plain_changes(changes)
+        try:
+            # Also where the file has a mistake: it may be the very value that is set now.
+            return self.replace(record, toml.edit(record.config_text, wanted), record.digest)
+        except ConfigError:
+            if record.error:
+                record.usable("change")
+            raise
 
     def rename(self, record: Record, name: str) -> dict:
         """Give the container another name."""

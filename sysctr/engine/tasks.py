@@ -77,7 +77,7 @@ class Task:
     @property
     def doing(self) -> str:
         """What it does, as words after "cannot"."""
-        return f"{self.kind} {self.subject}".rstrip()
+        return f"{self.kind.removeprefix('template-')} {self.subject}".rstrip()
 
     def check(self) -> None:
         """Raise Cancelled if the task was asked to stop; called by the engine between steps."""

@@ -127,6 +127,27 @@ def test_a_limit_below_what_is_used_leaves_it_running(shared_host: Node) -> None
     assert inside(shared_host, name, "echo here") == "here"
 
 
+def test_a_limit_edited_by_hand_waits_and_the_next_set_applies_it(shared_host: Node) -> None:
+    name = create(shared_host, "--set", "limits.pids=200")
+    path = shared_host.json("info", name)["config_file"]
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text.replace("pids = 200", "pids = 150"))
+    assert shared_host.json("info", name)["pending"] == ["limits.pids"]
+    done = shared_host.run("set", name, "description=x")
+    assert sorted(done.out.split("\n")[:-1]) == ["applied: description", "applied: limits.pids"]
+    assert shared_host.json("info", name)["pending"] == []
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("nonsense[\n")
+    assert inside(shared_host, name, "echo here") == "here", "a mistake in the file locks nobody out"
+    refused(shared_host, 4, "cannot change", "set", name, "description=y")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    shared_host.run("set", name, "memory=64M")
+    assert shared_host.json("info", name)["pending"] == []
+
+
 def test_limits_hold_again_after_a_restart(shared_host: Node) -> None:
     name = create(shared_host, "--memory", "64M", "--swap", "0")
     shared_host.run("set", name, "memory=96M")
