@@ -90,8 +90,8 @@ def listing(route: Route) -> list[Link]:
 def create_bridge(route: Route, name: str, mac: str, alias: str) -> Link:
     """Create a bridge, down, and without an address of any kind."""
     # With a MAC that was set, the bridge does not take the lowest of its ports, which would change with
-    # every container and leave the neighbours' ARP caches wrong. The same goes for the MTU, but it only
-    # counts as set by a message of its own.
+    # every container and leave the neighbours' ARP caches wrong. The same goes for the MTU, which would
+    # become the smallest of all ports; but it only counts as set when it changes.
     info = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
     route.ask(
         [
@@ -101,7 +101,8 @@ def create_bridge(route: Route, name: str, mac: str, alias: str) -> Link:
                 _link(attrs=[("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), ("IFLA_LINKINFO", info)]),
                 NLM_F_CREATE | NLM_F_EXCL,
             ),
-            _set_link(f"mark bridge {name}", name, [("IFLA_IFALIAS", alias), ("IFLA_MTU", 1500)]),
+            _set_link(f"mark bridge {name}", name, [("IFLA_IFALIAS", alias), ("IFLA_MTU", 1499)]),
+            _set_link(f"set the MTU of {name}", name, [("IFLA_MTU", 1500)]),
             _no_ipv6_address(name),
         ]
     )
