@@ -96,6 +96,9 @@ def request(arguments: "argparse.Namespace") -> "dict[str, Any]":
     settings = dict(assignment(text, "--set") for text in arguments.set)
     for limit, _, _ in _LIMITS:
         if (value := getattr(arguments, limit)) is not None:
+            if not value:
+                # An empty value unsets a key; here it is a shell's variable that was not set.
+                raise errors.UsageError(f"cannot create {arguments.name}: the value of --{limit} is empty")
             settings[f"limits.{limit}"] = value
     body: dict[str, Any] = {
         "name": arguments.name,

@@ -12,7 +12,7 @@ from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle, limits_of
 from sysctr.engine.record import Record, new_record
 from sysctr.engine.tasks import Task
-from sysctr.errors import Refused, SysctrError, UsageError, WrongState
+from sysctr.errors import ConfigError, Refused, SysctrError, UsageError, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ class Creation:
     def check(self, spec: dict) -> dict:
         """Return the changes a creation request means, checked; raises before anything is made."""
         host = self._host
+        try:
+            values.parse_name(spec["name"])
+        except ConfigError as error:
+            raise UsageError(f"cannot create a container: {error.message}") from error
         changes: dict = dict(host_settings.creation_changes(host.settings))
         changes |= schema.plain_changes(spec.get("set") or {})
         template = spec.get("template") or changes.get("template")
@@ -39,7 +43,7 @@ class Creation:
         )
         for index, net in enumerate(spec.get("nets") or [{"name": "eth0"}]):
             changes |= schema.plain_changes({f"net.{index}": net})
-        changes |= {"name": values.parse_name(spec["name"]), "template": template}
+        changes |= {"name": spec["name"], "template": template}
         if spec.get("tags"):
             changes |= schema.plain_changes({"tags": spec["tags"]})
         if spec.get("onboot"):

@@ -83,7 +83,10 @@ class Store:
 
     def find(self, ref: str | int) -> Record:
         """Return the container of a number or a name."""
-        wanted = ref if isinstance(ref, int) else values.parse_ref(ref)
+        try:
+            wanted = ref if isinstance(ref, int) else values.parse_ref(ref)
+        except ConfigError as error:
+            raise UsageError(f"cannot find a container: {error.message}") from error
         if isinstance(wanted, int):
             return self.load(wanted)
         found = [record for record in self.list() if record.name == wanted]
