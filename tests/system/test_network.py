@@ -134,6 +134,14 @@ def test_two_cards_a_chosen_mac_and_one_that_is_left_alone(shared_host: Node) ->
     wait_until(lambda: not any(os.path.exists(f"/sys/class/net/{link}") for link in hosts), what="links go")
 
 
+def test_the_small_packets_of_one_container_are_not_those_of_the_others(shared_host: Node) -> None:
+    create(shared_host, "--net", "name=eth0,mtu=1300")
+    other = create(shared_host)
+    assert inside(shared_host, other, "cat /sys/class/net/eth0/mtu") == "1500"
+    with open(f"/sys/class/net/{shared_host.layout.bridge}/mtu", encoding="ascii") as file:
+        assert file.read() == "1500\n"
+
+
 def test_a_container_without_an_address_of_ours_has_none(shared_host: Node) -> None:
     name = create(shared_host, *_NO_DEFAULT)
     assert shared_host.json("info", name)["addresses"] == []
@@ -176,7 +184,8 @@ def test_ssh_logs_in_with_the_key_given_at_creation(debian_host: Node, tmp_path:
     debian_host.wait(name, "booted")
     ssh = [
         "ssh", "-i", str(key), "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no",
-        "-o", "LogLevel=ERROR", "-o", f"UserKnownHostsFile={tmp_path}/known", f"root@{address(debian_host, name)}",
+        "-o", "LogLevel=ERROR", "-o", f"UserKnownHostsFile={tmp_path}/known",
+        f"root@{address(debian_host, name)}",
     ]  # fmt: skip
     wait_until(lambda: debian_host.shell(*ssh, "true", check=False).status == 0, 20, "sshd answers")
     assert debian_host.shell(*ssh, "hostname; id -u; tty -s || echo none").out == f"{name}\n0\nnone\n"
