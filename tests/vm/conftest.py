@@ -1,12 +1,35 @@
 """The virtual host that the tests in here share: built when the cache has none, booted once."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import facts
-from tests.vm.image import Image, Missing, missing_facts, root_image
+from tests.node import Node, TemplateStore
+from tests.vm.image import PAYLOAD, Image, Missing, missing_facts, root_image
 from tests.vm.machine import Machine
+
+# quickstart, but for what a host without a network cannot do and the image has already: packages, the venv,
+# a template. Its last line runs it all, and the units are found beside it.
+INSTALL = f"""\
+set -euo pipefail
+mkdir /root/install
+cp -r {PAYLOAD}/checkout/packaging {PAYLOAD}/checkout/sysctr /root/install
+ln -s {PAYLOAD} /opt/sysctr
+cd /root/install
+sed -i '${{/^main /d}}' packaging/quickstart
+set --
+. packaging/quickstart
+mkdir -p "$LIB" "$LOG"
+LOGFILE=$LOG/quickstart.log NEW_VERSION=
+: >"$LOGFILE"
+trap 'cat "$LOGFILE"' EXIT
+make_group_and_directories
+raise_kernel_limits
+install_launcher
+start_services
+"""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,3 +58,25 @@ def vm(vm_image: Image) -> Iterator[Machine]:
     """A virtual host with pure cgroup v2, systemd and AppArmor, as Debian ships them."""
     with Machine(vm_image) as machine:
         yield machine
+
+
+@pytest.fixture(scope="session")
+def template() -> str:
+    """The template of the main path: debian-12, or tiny where no mirror can be reached."""
+    for fact in ("mmdebstrap", "net"):
+        if reason := facts.missing(fact):
+            if fact in facts.required():
+                pytest.fail(f"needs {fact}: {reason} (SYSCTR_REQUIRE forbids to skip)", pytrace=False)
+            return "tiny"
+    return "debian-12"
+
+
+@pytest.fixture(scope="session")
+def installed(vm: Machine, templates: TemplateStore, template: str) -> Machine:
+    """The virtual host with sysctr as quickstart installs it, its units running, and templates injected."""
+    with Node() as node:
+        templates.give(node, *{"tiny", template})
+        vm.mount(Path(node.layout.pool), "/var/lib/sysctr/storage/default")
+    vm.put("/root/install.sh", INSTALL.encode())
+    vm.output(["bash", "/root/install.sh"], timeout_s=120)
+    return vm

@@ -5,7 +5,8 @@
         machine.output(["tar", "-tf", "/root/demo.tar"])
 
 Inside, PAYLOAD/checkout is this checkout and PAYLOAD/venv an installation of it (bin/sysctr, bin/python3),
-both read-only. Writes to the root disk are thrown away.
+both read-only. Writes to the root disk are thrown away. A large tree is given by `mount`: to unpack an
+archive inside takes a minute.
 
 A machine has no network unless `nics` names some, each the value of QEMU's `-nic`; the guest calls them eth0,
 eth1 … and leaves them down. To link it with this host make a tap device (`ip tuntap add NAME mode tap`), give
@@ -13,18 +14,20 @@ it an address or a bridge, and pass `tap,ifname=NAME,script=no,downscript=no,mod
 two machines pass `socket,listen=127.0.0.1:PORT,model=virtio-net-pci` to one, `socket,connect=…` to the other.
 """
 
+import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.vm.image import SCRATCH, Image
+from tests.vm.image import SCRATCH, Image, make_ext4
 from tests.vm.payload import payload
 
 GUEST_ENVIRONMENT = {
@@ -38,6 +41,7 @@ COMMAND_LINE = (
 )
 # How long a guest that hangs may keep the test after the agent should have ended a command.
 GRACE_S = 30
+SPARE_BYTES = 4 << 30
 
 
 class MachineError(Exception):
@@ -84,10 +88,11 @@ class Machine:
 
     def __enter__(self) -> "Machine":
         with ExitStack() as undo:
-            disk = undo.enter_context(payload(self.image.python))
-            self._directory = undo.enter_context(
-                tempfile.TemporaryDirectory(prefix="sysctr-vm-run.", dir=SCRATCH)
-            )
+            self._directory = undo.enter_context(_scratch())
+            disk = payload(self.image.python, Path(self._directory))
+            self._spare = Path(self._directory, "spare.ext4")
+            with open(self._spare, "wb") as spare:
+                spare.truncate(SPARE_BYTES)
             self._port, theirs = socket.socketpair()
             undo.callback(self._port.close)
             started = time.monotonic()
@@ -142,6 +147,16 @@ class Machine:
         """Write a file in the virtual host, and the directories above it; 64 MB take about a second."""
         self._ask({"put": path, "mode": mode}, data, GRACE_S, f"write {path}")
 
+    def mount(self, tree: Path, target: str) -> None:
+        """Copy a directory of this host to the spare disk and mount that, writable; once for each machine."""
+        make_ext4(tree, self._spare, SPARE_BYTES)
+        # What the guest read of the empty disk at its boot is no longer so.
+        self.output(["blockdev", "--flushbufs", "/dev/vdc"])
+        self.output(["mkdir", "-p", target])
+        self.output(["mount", "-o", "noatime,noinit_itable", "/dev/vdc", target])
+        self.output(["rmdir", f"{target}/lost+found"])
+        self.output(["chmod", f"{tree.stat().st_mode & 0o7777:o}", target])
+
     def console(self) -> str:
         """Return what kernel and systemd wrote to the serial console."""
         return Path(self._directory, "console").read_text(errors="replace")
@@ -161,6 +176,7 @@ class Machine:
             "-append", self._command_line,
             "-drive", f"file={self.image.root},format=raw,if=virtio,snapshot=on,cache=unsafe",
             "-drive", f"file={disk},format=raw,if=virtio,readonly=on,cache=unsafe",
+            "-drive", f"file={self._spare},format=raw,if=virtio,cache=unsafe",
             "-device", "virtio-rng-pci", "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=agent,fd={port_fd}",
             "-device", "virtserialport,chardev=agent,name=sysctr",
@@ -204,3 +220,31 @@ class Machine:
     def _end(self) -> None:
         self._qemu.kill()
         self._qemu.wait()
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """Make a directory for what one run writes, and remove those of runs that were killed."""
+    with ExitStack() as undo:
+        # Everybody looks and locks in turn, so that none takes a new directory for an old one.
+        everybody = undo.enter_context(ExitStack())
+        _lock(everybody, SCRATCH)
+        for old in Path(SCRATCH).glob("sysctr-vm.*"):
+            if old.is_dir() and not old.is_symlink() and old.stat().st_uid == os.geteuid():
+                with ExitStack() as briefly:
+                    if _lock(briefly, str(old), wait=False):
+                        shutil.rmtree(old)
+        directory = undo.enter_context(tempfile.TemporaryDirectory(prefix="sysctr-vm.", dir=SCRATCH))
+        _lock(undo, directory)
+        everybody.close()
+        yield directory
+
+
+def _lock(until: ExitStack, directory: str, *, wait: bool = True) -> bool:
+    directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    until.callback(os.close, directory_fd)
+    try:
+        fcntl.flock(directory_fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True

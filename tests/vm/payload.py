@@ -7,33 +7,28 @@ import compileall
 import re
 import shutil
 import sysconfig
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from tests.vm.image import PAYLOAD, SCRATCH, make_ext4
+from tests.vm.image import PAYLOAD, make_ext4
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-@contextmanager
-def payload(python: str) -> Iterator[Path]:
+def payload(python: str, work: Path) -> Path:
     """Make the second disk: the checkout, a venv with this interpreter's packages, and the agent."""
-    with tempfile.TemporaryDirectory(prefix="sysctr-vm-payload.", dir=SCRATCH) as work:
-        tree = Path(work, "tree")
-        skip = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist")
-        shutil.copytree(CHECKOUT, tree / "checkout", ignore=skip, symlinks=True)
-        _make_venv(tree / "venv", python)
-        shutil.copy(Path(__file__).with_name("agent.py"), tree)
-        for sources in (tree / "checkout", tree / "venv"):
-            # Compiling in the guest would be ten times slower, and its copy is read-only.
-            compileall.compile_dir(str(sources), quiet=2, ddir=f"{PAYLOAD}/{sources.name}", workers=0)
-        size_bytes = sum(file.lstat().st_size + 4096 for file in tree.rglob("*"))
-        disk = Path(work, "payload.ext4")
-        make_ext4(tree, disk, size_bytes=size_bytes + size_bytes // 4 + (16 << 20))
-        shutil.rmtree(tree)
-        yield disk
+    tree = work / "tree"
+    skip = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist")
+    shutil.copytree(CHECKOUT, tree / "checkout", ignore=skip, symlinks=True)
+    _make_venv(tree / "venv", python)
+    shutil.copy(Path(__file__).with_name("agent.py"), tree)
+    for sources in (tree / "checkout", tree / "venv"):
+        # Compiling in the guest would be ten times slower, and its copy is read-only.
+        compileall.compile_dir(str(sources), quiet=2, ddir=f"{PAYLOAD}/{sources.name}", workers=0)
+    size_bytes = sum(file.lstat().st_size + 4096 for file in tree.rglob("*"))
+    disk = work / "payload.ext4"
+    make_ext4(tree, disk, size_bytes=size_bytes + size_bytes // 4 + (16 << 20))
+    shutil.rmtree(tree)
+    return disk
 
 
 def _make_venv(venv: Path, python: str) -> None:

@@ -1,0 +1,50 @@
+"""How the tests talk to sysctr in a virtual host and to its containers."""
+
+import json
+from dataclasses import dataclass
+
+from sysctr.paths import Layout
+from tests.vm.machine import Machine, Result
+
+SYSCTR = "/usr/local/bin/sysctr"
+CGROUP = f"/sys/fs/cgroup/{Layout('').cgroup}"
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of a virtual host, by its name there."""
+
+    vm: Machine
+    name: str
+
+    def sysctr(self, *arguments: str, timeout_s: float = 240) -> str:
+        """Run `sysctr ARGUMENTS` on the virtual host and return what it prints."""
+        return self.vm.output([SYSCTR, *arguments], timeout_s=timeout_s)
+
+    def exec(self, script: str, timeout_s: float = 120) -> Result:
+        """Run a shell script in the container."""
+        return self.vm.run([SYSCTR, "exec", self.name, "--", "sh", "-c", script], timeout_s=timeout_s)
+
+    def info(self) -> dict:
+        """Return all that `sysctr info` knows."""
+        return json.loads(self.sysctr("info", self.name, "--json"))
+
+    def cgroup(self, file: str) -> str:
+        """Return a control file of the container's cgroup, as the virtual host's kernel has it."""
+        return self.vm.output(["cat", f"{CGROUP}/{self.info()['id']}/{file}"])
+
+    def start(self, *options: str) -> None:
+        """Create and start the container and wait until it has booted."""
+        self.sysctr("create", self.name, *options)
+        self.sysctr("start", self.name)
+        self.sysctr("wait", self.name, "--state", "booted", "--timeout", "200")
+
+    def destroy(self) -> None:
+        """Stop and destroy the container; nothing of it may be left."""
+        number = self.info()["id"]
+        self.sysctr("stop", self.name, "--timeout", "90")
+        assert self.sysctr("status", self.name) == "stopped"
+        self.sysctr("destroy", self.name, "--yes")
+        assert self.name not in self.sysctr("list")
+        assert self.vm.run(["test", "-e", f"{CGROUP}/{number}"]).status == 1, "its cgroup is still there"
+        assert Layout("").veth(number, 0) not in self.vm.output(["ls", "/sys/class/net"]).split()
