@@ -24,7 +24,7 @@ ALLOWED = {
     "template": {"storage", "linux", "config", "errors", "paths", "templates"},
     "engine": {
         "config", "linux", "cgroup", "network", "storage", "template", "runtime.steps", "runtime.wire",
-        "runtime.accounts", "runtime.begin", "runtime.console", "errors", "paths",
+        "runtime.accounts", "runtime.begin", "runtime.console", "launch", "errors", "paths",
     },
     "api": {"engine", "config", "runtime.wire", "linux", "errors", "paths"},
     "launch": {"errors", "paths"},
