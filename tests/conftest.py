@@ -1,5 +1,7 @@
 """What all tests share: options, the facts of this machine, hosts to try things on, and the final sweep."""
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -8,7 +10,9 @@ from tests import facts, leaks, node
 from tests.node import Node, TemplateStore
 from tests.wait import wait_until
 
-_PARTS = ("lint", "unit", "kernel", "system", "tui", "vm")
+_PARTS = ("lint", "unit", "kernel", "attack", "system", "vm")
+_INOTIFY = "/proc/sys/fs/inotify/max_user_instances"
+_ENOUGH_INOTIFY = 8192
 # A marker that implies facts, so that `@pytest.mark.root` alone skips where there is no root.
 _IMPLIED = {"root": ("root",), "kernel": ("root",), "vm": ("vm",), "net": ("net",)}
 
@@ -107,8 +111,28 @@ _BEFORE: pytest.StashKey[frozenset[str]] = pytest.StashKey()
 @pytest.fixture(scope="session")
 def templates(pytestconfig: pytest.Config) -> Iterator[TemplateStore]:
     """The templates of this session: each is built when a test first asks for it."""
-    with Node(keep=pytestconfig.getoption("keep")) as builder:
+    with _room_for_systemds(), Node(keep=pytestconfig.getoption("keep")) as builder:
         yield TemplateStore(builder)
+
+
+@contextlib.contextmanager
+def _room_for_systemds() -> Iterator[None]:
+    """Raise the number of inotify instances, which all containers of the machine share, and put it back."""
+    with open(_INOTIFY, encoding="ascii") as file:
+        before = int(file.read())
+    if os.geteuid() != 0 or before >= _ENOUGH_INOTIFY:
+        yield
+        return
+    _write(_INOTIFY, _ENOUGH_INOTIFY)
+    try:
+        yield
+    finally:
+        _write(_INOTIFY, before)
+
+
+def _write(path: str, number: int) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(str(number))
 
 
 @pytest.fixture
