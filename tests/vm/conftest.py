@@ -78,5 +78,5 @@ def installed(vm: Machine, templates: TemplateStore, template: str) -> Machine:
         templates.give(node, *{"tiny", template})
         vm.mount(Path(node.layout.pool), "/var/lib/sysctr/storage/default")
     vm.put("/root/install.sh", INSTALL.encode())
-    vm.output(["bash", "/root/install.sh"], timeout_s=120)
+    vm.output(["bash", "/root/install.sh"], timeout_s=300)
     return vm

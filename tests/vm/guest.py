@@ -17,11 +17,11 @@ class Container:
     vm: Machine
     name: str
 
-    def sysctr(self, *arguments: str, timeout_s: float = 240) -> str:
+    def sysctr(self, *arguments: str, timeout_s: float = 300) -> str:
         """Run `sysctr ARGUMENTS` on the virtual host and return what it prints."""
         return self.vm.output([SYSCTR, *arguments], timeout_s=timeout_s)
 
-    def exec(self, script: str, timeout_s: float = 120) -> Result:
+    def exec(self, script: str, timeout_s: float = 300) -> Result:
         """Run a shell script in the container."""
         return self.vm.run([SYSCTR, "exec", self.name, "--", "sh", "-c", script], timeout_s=timeout_s)
 
@@ -37,7 +37,7 @@ class Container:
         """Create and start the container and wait until it has booted."""
         self.sysctr("create", self.name, *options)
         self.sysctr("start", self.name)
-        self.sysctr("wait", self.name, "--state", "booted", "--timeout", "200")
+        self.sysctr("wait", self.name, "--state", "booted", "--timeout", "280")
 
     def destroy(self) -> None:
         """Stop and destroy the container; nothing of it may be left."""

@@ -76,7 +76,7 @@ class Machine:
         cpus: int = 2,
         nics: Sequence[str] = ("none",),
         append: str = "",
-        boot_timeout_s: float = 240,
+        boot_timeout_s: float = 400,
     ) -> None:
         self.image = image
         self.boot_s = 0.0
@@ -88,7 +88,7 @@ class Machine:
 
     def __enter__(self) -> "Machine":
         with ExitStack() as undo:
-            self._directory = undo.enter_context(_scratch())
+            self._directory = undo.enter_context(scratch())
             disk = payload(self.image.python, Path(self._directory))
             self._spare = Path(self._directory, "spare.ext4")
             with open(self._spare, "wb") as spare:
@@ -118,7 +118,7 @@ class Machine:
         self,
         argv: Sequence[str],
         *,
-        timeout_s: float = 60,
+        timeout_s: float = 180,
         stdin: bytes = b"",
         env: Mapping[str, str] | None = None,
         cwd: str = "/",
@@ -134,7 +134,7 @@ class Machine:
             raise TimedOut(f"{' '.join(argv)} took more than {timeout_s} s\n{result.stdout}{result.stderr}")
         return result
 
-    def output(self, argv: Sequence[str], *, timeout_s: float = 60) -> str:
+    def output(self, argv: Sequence[str], *, timeout_s: float = 180) -> str:
         """Return what a program writes to its standard output, without the last newline; it must succeed."""
         result = self.run(argv, timeout_s=timeout_s)
         if result.status:
@@ -223,7 +223,7 @@ class Machine:
 
 
 @contextmanager
-def _scratch() -> Iterator[str]:
+def scratch() -> Iterator[str]:
     """Make a directory for what one run writes, and remove those of runs that were killed."""
     with ExitStack() as undo:
         # Everybody looks and locks in turn, so that none takes a new directory for an old one.

@@ -1,9 +1,12 @@
 """What only a real host has, proven in QEMU: Debian's kernel, systemd as init, pure cgroup v2, AppArmor."""
 
+import os
+import tempfile
+
 import pytest
 
-from tests.vm.image import Image
-from tests.vm.machine import Machine, MachineError, TimedOut
+from tests.vm.image import SCRATCH, Image
+from tests.vm.machine import Machine, MachineError, TimedOut, scratch
 
 PROFILE = """\
 profile sysctr-probe /run/probe/busybox {
@@ -22,7 +25,7 @@ def test_kernel_is_the_one_that_debian_ships(vm: Machine, vm_image: Image) -> No
 
 def test_systemd_is_running_and_no_unit_failed(vm: Machine) -> None:
     assert vm.output(["cat", "/proc/1/comm"]) == "systemd"
-    state = vm.run(["systemctl", "is-system-running", "--wait"], timeout_s=120).stdout.strip()
+    state = vm.run(["systemctl", "is-system-running", "--wait"], timeout_s=300).stdout.strip()
     assert state == "running", vm.output(["systemctl", "--failed", "--no-pager"])
 
 
@@ -71,3 +74,12 @@ def test_a_program_is_ended_at_its_deadline(vm: Machine) -> None:
     with pytest.raises(TimedOut, match="begun"):
         vm.run(["sh", "-c", "echo begun; exec sleep 1000"], timeout_s=2)
     assert vm.run(["pgrep", "-fx", "sleep 1000"]).status == 1, "it still runs"
+
+
+def test_what_a_killed_run_left_goes_with_the_next_start() -> None:
+    left = tempfile.mkdtemp(prefix="sysctr-vm.", dir=SCRATCH)
+    with scratch() as one, scratch() as other:
+        assert os.path.isdir(one), "somebody uses it"
+        assert os.path.isdir(other)
+        assert not os.path.exists(left)
+    assert not os.path.exists(one)

@@ -22,7 +22,7 @@ def test_the_kernel_tests_pass_in_the_guest(vm: Machine) -> None:
          "--basetemp=/var/tmp/pytest", *(f"tests/kernel/{name}" for name in CHOSEN)],
         cwd=f"{PAYLOAD}/checkout",
         env={"SYSCTR_REQUIRE": GUEST_FACTS, "PYTHONDONTWRITEBYTECODE": "1"},
-        timeout_s=400,
+        timeout_s=600,
     )  # fmt: skip
     print(result.stdout)
     assert result.status == 0, result.stdout + result.stderr

@@ -10,7 +10,7 @@ from tests.vm.machine import Machine
 from tests.wait import wait_until
 
 DAEMON, SUPERVISOR = "sysctrd.service", "sysctr-supervisor.service"
-DEADLINE_S = 120
+DEADLINE_S = 300
 
 
 @pytest.fixture(scope="module")
