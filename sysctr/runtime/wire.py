@@ -141,8 +141,16 @@ def connect(path: str, timeout_s: "float | None" = None, kind: int = socket.SOCK
     """Return a socket connected to `path`; OSError as connect() gives it when nobody listens."""
     sock = socket.socket(socket.AF_UNIX, kind)
     try:
+        # By the kernel's own timer: a socket that Python gave a timeout does not block, and its connect()
+        # fails with EAGAIN as soon as many others wait to be accepted.
+        limit_s = timeout_s or 0.0
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *_seconds(limit_s)))
+        try:
+            _at(path, sock.connect)
+        except BlockingIOError as error:
+            raise TimeoutError(error.errno, f"no answer within {limit_s:g} s") from error
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 0))
         sock.settimeout(timeout_s)
-        _at(path, sock.connect)
     except BaseException:
         sock.close()
         raise
@@ -153,6 +161,10 @@ def peer_credentials(sock: socket.socket) -> "tuple[int, int, int]":
     """Return pid, uid and gid of the process that connected (or listened), as the kernel recorded them."""
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
     return struct.unpack("iII", data)
+
+
+def _seconds(duration_s: float) -> "tuple[int, int]":
+    return int(duration_s), int(duration_s % 1 * 1e6)
 
 
 def _at(path: str, call) -> None:

@@ -4,6 +4,8 @@ So an attack needs no compiler and no program in the template: it is Python, imp
 are joined.
 """
 
+import encodings.ascii
+import encodings.idna  # noqa: F401 - both would be looked for in the container otherwise
 import json
 import os
 import select
