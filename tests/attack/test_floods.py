@@ -2,6 +2,7 @@
 
 import array
 import os
+import signal
 import socket
 import struct
 import time
@@ -103,24 +104,29 @@ def send_lingering() -> None:
         notify.connect(NOTIFY)
         for _ in range(3):
             notify.sendmsg([b"X=1"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
-    # Whoever closes it last waits for an hour: not this process.
-    os._exit(0) if os.fork() else None
-    while True:
-        time.sleep(1)
+    sock.close()  # not the last copy: who closes that waits for an hour
+    Path("/run/sent").write_text("yes")
+    signal.pause()
 
 
 def test_descriptors_on_the_notify_socket_stop_nobody(shared_host: Node, victim: str) -> None:
     host = shared_host
     ref = create(host)
-    for _ in range(3):
-        with Inside(init_pid(host, ref), send_lingering):
-            undisturbed(host, victim)
+    init, supervisor = init_pid(host, ref), host.pids()["supervisor"]
+    # Held still, so that the last copies are those in the socket.
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        attack = Inside(init, send_lingering)
+        wait_until(lambda: os.path.exists(f"/proc/{init}/root/run/sent"), what="the descriptors were sent")
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    with attack:
+        undisturbed(host, victim)
     keeper = host.pids()["keeper"]
     host.run("stop", ref, "--kill", timeout_s=20)
     host.run("start", ref, timeout_s=20)
     assert host.pids()["keeper"] == keeper
     host.run("destroy", ref, "--force", "--yes")
-    supervisor = host.pids()["supervisor"]
     inits = {str(init_pid(host, victim))}
 
     def children() -> set[str]:
