@@ -9,7 +9,7 @@ import pytest
 
 from sysctr.cgroup.detect import open_driver
 from sysctr.runtime import wire
-from tests.node import Node
+from tests.node import Node, kill
 from tests.system.guests import create, inside, refused, shell
 from tests.wait import wait_until
 
@@ -179,6 +179,27 @@ def test_a_client_who_leaves_ends_the_work_on_files(shared_host: Node) -> None:
     connection.close()
     os.close(stream_fd)
     wait_until(lambda: host.run("start", ref, check=False).status == 0, what="the start")
+    host.run("destroy", ref, "--yes", "--force")
+
+
+def test_work_on_files_ends_with_its_supervisor(shared_host: Node) -> None:
+    """The next supervisor does not know of it, and would mount the upper a second time."""
+    host = shared_host
+    ref = create(host, start=False)
+    connection, stream_fd = open_push(host, ref)
+    kill(host.pids()["supervisor"])
+
+    def nobody_reads() -> bool:
+        try:
+            os.write(stream_fd, b"x")
+        except BrokenPipeError:
+            return True
+        return False
+
+    wait_until(nobody_reads, what="the end of the job")
+    os.close(stream_fd)
+    connection.close()
+    host.run("start", ref)
     host.run("destroy", ref, "--yes", "--force")
 
 
