@@ -52,8 +52,8 @@ def run_plan(sync: socket.socket, plan: dict) -> None:
             _enter_network(sync)
         _become_root()
         if "stdio" in plan:
-            # A job ends with the supervisor, which alone knows that its upper is mounted. Now, as the change of
-            # ids takes it back; a supervisor that died before is found out at the socket.
+            # A job ends with the supervisor, which alone knows that its upper is mounted. After the change of
+            # ids, which takes it back; a supervisor that died before is found out at the socket.
             process.prctl(process.PR_SET_PDEATHSIG, signal.SIGKILL)
         _close_imports()
         every = [steps.from_json(step) for step in (*plan["prepare"], *plan.get("enter", ()))]
