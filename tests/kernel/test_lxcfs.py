@@ -129,7 +129,7 @@ def test_an_lxcfs_that_hangs_does_not_hold_up_the_daemon(own: Lxcfs, monkeypatch
     monkeypatch.setattr(lxcfs, "_ANSWER_S", 0.2)
     own.ensure()
     pid = server_pid(own)
-    os.kill(pid, signal.SIGSTOP)
+    _halt(pid)
     forget(own)
     start = time.monotonic()
     binds = own.ensure()
@@ -139,6 +139,20 @@ def test_an_lxcfs_that_hangs_does_not_hold_up_the_daemon(own: Lxcfs, monkeypatch
     assert Path(binds[0][0]).read_text()
 
 
+def _halt(pid: int) -> None:
+    """Stop a process and wait until each of its threads has: one may be in the middle of an answer."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stopped() -> bool:
+        states = []
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/stat", encoding="ascii", errors="replace") as stat:
+                states.append(stat.read().rpartition(")")[2].split()[0])
+        return all(state == "T" for state in states)
+
+    wait_until(stopped, what=f"{pid} stopped")
+
+
 def test_a_hanging_service_is_passed_over(
     tmp_path: Path, own: Lxcfs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +160,7 @@ def test_a_hanging_service_is_passed_over(
     own.ensure()
     service_pid = server_pid(own)
     other = Lxcfs(Layout(str(tmp_path / "other")), service_mount=own.mount)
-    os.kill(service_pid, signal.SIGSTOP)
+    _halt(service_pid)
     try:
         binds = other.ensure()
         assert all(source.startswith(other.mount) for source, _ in binds)
