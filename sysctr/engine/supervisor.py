@@ -122,7 +122,7 @@ class SupervisorClient:
 
     def hello(self) -> dict:
         """Return version, pid and counts of the running supervisor."""
-        return self._ask({"op": "hello"})
+        return self._ask({"op": "hello"}, again=True)
 
     def create(self, container_id: int, plan: dict) -> Starting:
         """Clone the container's first process and return it waiting."""
@@ -148,11 +148,11 @@ class SupervisorClient:
 
     def forget(self, container_id: int) -> None:
         """Drop the record of a container that has ended."""
-        self._ask({"op": "forget", "id": container_id})
+        self._ask({"op": "forget", "id": container_id}, again=True)
 
     def list(self) -> "dict[int, Supervised]":
         """Return every container the supervisor runs, or whose end was not forgotten yet."""
-        answer = self._ask({"op": "list"})["containers"]
+        answer = self._ask({"op": "list"}, again=True)["containers"]
         return {int(i): _supervised(int(i), state) for i, state in answer.items()}
 
     def pidfd(self, container_id: int) -> "tuple[int, Fd]":
@@ -170,7 +170,7 @@ class SupervisorClient:
 
     def ticket(self, request: dict) -> str:
         """Return a one-time ticket for the ticket socket."""
-        return self._ask({"op": "ticket", "request": request})["ticket"]
+        return self._ask({"op": "ticket", "request": request}, again=True)["ticket"]
 
     def job(self, plan: dict, stdio: "tuple[int, int, int]", check: Callable[[], None] | None = None) -> int:
         """Run a plan with the given stdin, stdout and stderr to its end and return its exit status.
@@ -218,13 +218,22 @@ class SupervisorClient:
                     ) from error
             select.poll().poll(10)
 
-    def _ask(self, message: dict) -> dict:
-        with self._connect() as connection:
-            try:
-                wire.send(connection, message)
-                answer = wire.receive_plain(connection)
-            except (wire.WireError, OSError) as error:
-                raise errors.NoDaemon(f"cannot reach the supervisor: {error}") from error
+    def _ask(self, message: dict, *, again: bool = False) -> dict:
+        """Ask and return the answer; `again` where asking twice does no harm.
+
+        A supervisor that dies or executes itself anew resets what waits in its queue: such a question goes
+        to the next one.
+        """
+        deadline = time.monotonic() + _RESPAWN_S
+        while True:
+            with self._connect() as connection:
+                try:
+                    wire.send(connection, message)
+                    answer = wire.receive_plain(connection)
+                    break
+                except (wire.WireError, OSError) as error:
+                    if not again or time.monotonic() > deadline:
+                        raise errors.NoDaemon(f"cannot reach the supervisor: {error}") from error
         if "error" in answer:
             raise errors.from_dict(answer["error"])
         return answer
