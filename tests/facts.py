@@ -5,11 +5,12 @@ import importlib.util
 import os
 import shutil
 import socket
+import subprocess
+import urllib.parse
 from collections.abc import Callable
 
 from sysctr.engine import doctor
 
-_MIRROR = ("deb.debian.org", 80)
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -45,11 +46,26 @@ def _loop() -> str:
     return "" if os.path.exists("/dev/loop-control") else "no loop devices"
 
 
-def _net() -> str:
+@functools.cache
+def mirror() -> str:
+    """Return the address of the archive that the host's own apt takes Debian from, "" where it has none."""
+    wanted = ("Created-By: Packages", "Component: main", "Origin: Debian")
+    argv = ["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted]
     try:
-        socket.create_connection(_MIRROR, 10).close()
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return next((line.rstrip("/") for line in done.stdout.splitlines() if "security" not in line), "")
+
+
+def _net() -> str:
+    address = urllib.parse.urlsplit(mirror())
+    if not address.hostname:
+        return "the host's apt has no Debian mirror"
+    try:
+        socket.create_connection((address.hostname, address.port or 80), 10).close()
     except OSError as error:
-        return f"{_MIRROR[0]} cannot be reached: {error}"
+        return f"{address.hostname} cannot be reached: {error}"
     return ""
 
 

@@ -138,6 +138,12 @@ def parse_options(dump: str) -> list[tuple[str, str]]:
     return options
 
 
+class NoArchive(SysctrError):
+    """Neither the host's apt nor the recipe says where packages come from."""
+
+    code = "no-archive"
+
+
 def choose(sources: Iterable[AptSource], wanted: Mapping[str, str], codename: str) -> list[AptSource]:
     """Return where the suites `wanted` (suite -> default address) come from, by what the host uses.
 
@@ -187,8 +193,14 @@ def read_host(
     chosen = choose(found, wanted, _codename(root or "/"))
     notes = []
     if not chosen:
+        release = next(iter(wanted))
+        if not wanted[release]:
+            raise NoArchive(
+                f"cannot find an archive of {release}: the host's apt knows none",
+                hint=f"add one to it, or give --set bootstrap.sources.{release}=ADDRESS",
+            )
         notes.append("the host's apt has no such archive: using the recipe's own addresses")
-        chosen = [AptSource(uri, suite, ("main",)) for suite, uri in wanted.items()]
+        chosen = [AptSource(uri, suite, ("main",)) for suite, uri in wanted.items() if uri]
     sources = []
     for source in chosen:
         signed = _own_keyring(source, keyring, root, files)

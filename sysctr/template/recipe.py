@@ -276,7 +276,7 @@ def _bootstrap(table: _Table) -> Bootstrap:
     if not addresses:
         raise ConfigError(f"{table.key('sources')}: must name at least one suite")
     for suite, address in addresses:
-        if not _WORD.fullmatch(suite) or not _ADDRESS.fullmatch(address):
+        if not _WORD.fullmatch(suite) or (address and not _ADDRESS.fullmatch(address)):
             raise ConfigError(f"{sources.key(suite)}: {address!r} is not an http address")
     keyring = _path(table, "keyring", table.text("keyring", required=True))
     bootstrap = Bootstrap(

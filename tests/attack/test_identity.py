@@ -88,7 +88,8 @@ def test_a_process_that_joins_cannot_be_taken_over(shared_host: Node) -> None:
     with Inside(init_pid(host, ref), watch_for_newcomers) as attack:
         for _ in range(15):
             host.run("exec", ref, "--", "true", check=False, timeout_s=20)
-        end = host.popen("exec", ref, "--", "sh", "-c", ": the-end; sleep 1000")
+        # The last command is not sleep: the shell, whose arguments say "the end", would become it.
+        end = host.popen("exec", ref, "--", "sh", "-c", ": the-end; sleep 1000; :")
         assert attack.result(60) == []
     end.kill()
     host.run("destroy", ref, "--force", "--yes")

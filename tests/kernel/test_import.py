@@ -17,7 +17,7 @@ from sysctr.template.archive import Limits, import_archive
 from sysctr.template.build import MirrorUnreachable
 from sysctr.template.registry import Registry
 from sysctr.template.rootfs_check import NotARootfs
-from tests import rootfs
+from tests import facts, rootfs
 from tests.disk import small_disk
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel]
@@ -416,7 +416,7 @@ def test_an_unreachable_mirror_is_told_apart(registry, jobs, task, monkeypatch) 
 @pytest.mark.net
 @pytest.mark.needs("mmdebstrap")
 def test_a_suite_that_is_not_there_is_told_in_apts_words(registry, jobs, task) -> None:
-    text = FAR.replace("bookworm =", "nosuchsuite =").replace("127.0.0.1:9", "deb.debian.org")
+    text = FAR.replace("bookworm =", "nosuchsuite =").replace("http://127.0.0.1:9/debian", facts.mirror())
     with pytest.raises(SysctrError, match="nosuchsuite Release' does not have a Release file"):
         build.build_template(registry, recipe.parse(text), run_job=jobs.run_tool, task=task)
     assert nothing_left(registry)

@@ -9,9 +9,9 @@ from sysctr.template import apt
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 WANTED = {
-    "bookworm": "http://deb.debian.org/debian",
-    "bookworm-updates": "http://deb.debian.org/debian",
-    "bookworm-security": "http://deb.debian.org/debian-security",
+    "bookworm": "http://archive.example/debian",
+    "bookworm-updates": "http://archive.example/debian",
+    "bookworm-security": "http://archive.example/debian-security",
 }
 SOURCES = f"""\
 # Written by an installer
