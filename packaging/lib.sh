@@ -76,14 +76,22 @@ install_packages() {
     fi
 }
 
-lxcfs_is_mounted() { grep -q ' fuse\.lxcfs ' /proc/self/mounts; }
+# A dead one stays mounted, and one that hangs would make us hang: hence the other process and its time-out.
+lxcfs_is_mounted() {
+    grep -q ' /var/lib/lxcfs fuse\.lxcfs ' /proc/self/mounts &&
+        timeout --kill-after=1 5 ls /var/lib/lxcfs/proc >/dev/null 2>&1
+}
 
 # Start lxcfs by whatever starts services here; 1 when it cannot run.
 start_lxcfs() {
     lxcfs_is_mounted && return 0
     [ -e /dev/fuse ] || return 1
+    # What a dead one left; a new one would be mounted over it.
+    while grep -q ' /var/lib/lxcfs fuse\.lxcfs ' /proc/self/mounts; do
+        umount --lazy /var/lib/lxcfs || return 1
+    done
     if has_systemd; then
-        systemctl enable --quiet --now lxcfs.service || return 1
+        systemctl enable --quiet lxcfs.service && systemctl restart lxcfs.service || return 1
     else
         mkdir -p /var/lib/lxcfs
         # Its own session and no descriptor of ours: it stays when this script and its terminal are gone.

@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from sysctr.paths import Layout
 
 SESSION_VARIABLE = "SYSCTR_TEST_SESSION"
-# Beside the tests a live installation may run, and a service manager that starts and ends what it likes.
+# Beside the tests a live installation may run, and a service manager that starts and ends what it likes. A
+# cgroup of ours has a part with our name and a tag.
 _NOT_OURS = re.compile(
-    r"cgroup \S*/(system\.slice|user\.slice|machine\.slice|init\.scope)(/|$)"
-    r"|cgroup \S*/sysctr(/|$)"
+    r"cgroup (?!\S*/sysctr-)"
     r"|link (sysctr0|veth\d+i\d+)$"
     r"|mount \S+ /run/(user|credentials)/"
 )

@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 
+from sysctr.engine import lxcfs
 from sysctr.engine.ids import IdPool
 from sysctr.errors import SysctrError
 from sysctr.linux import process
@@ -62,7 +63,7 @@ def cgroup_directories(where: Layout) -> list[str]:
 
 
 def stop_processes(where: Layout, deadline_s: float = 20) -> list[int]:
-    """End the daemon, the keeper, the supervisor and what runs in containers; return what would not end."""
+    """End the daemon, keeper, supervisor, what runs in containers and our lxcfs; return what would not end."""
     services = service_pids(where)
     inside = container_pids(where)
     # The keeper before the supervisor, else it starts another one.
@@ -74,6 +75,7 @@ def stop_processes(where: Layout, deadline_s: float = 20) -> list[int]:
         if not _end(pid, signal.SIGKILL, deadline_s / 2):
             stubborn.append(pid)
     _end_dnsmasq(where)
+    lxcfs.stop(where)
     return stubborn
 
 
