@@ -228,13 +228,40 @@ def test_what_the_container_pulled_out_is_not_followed_here(shared_host: Node, t
     """Pulled names are the guest's; see also the client's own tests of hostile archives."""
     host = shared_host
     ref = create(host)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "kept").write_text("the host's\n")
 
     def attack() -> None:
-        os.makedirs("/root/tree")
-        os.symlink("/etc", "/root/tree/link")
+        os.makedirs("/root/tree/sub")
+        os.symlink(precious, "/root/tree/link")
+        os.symlink(f"{precious}/kept", "/root/tree/file")
+        os.symlink("../../precious", "/root/tree/sub/up")
+        os.link("/root/tree/file", "/root/tree/hard", follow_symlinks=False)
         Path("/root/tree/we\nird\x1b[31m").write_text("x")
 
+    def swap() -> None:
+        for name in ("link", "file", "hard", "sub/up"):
+            os.unlink(f"/root/tree/{name}")
+        for name in ("file", "hard"):
+            Path(f"/root/tree/{name}").write_text("of the guest")
+        for name in ("link", "sub/up"):
+            os.mkdir(f"/root/tree/{name}")
+            Path(f"/root/tree/{name}/kept").write_text("of the guest")
+
     inside(init_pid(host, ref), attack)
-    done = host.run("pull", f"{ref}:/root/tree", str(tmp_path / "tree"), check=False)
+    done = host.run("pull", f"{ref}:/root/tree", str(tmp_path / "tree"))
     assert b"\x1b[31m" not in done.stdout + done.stderr
+    links = {name: os.readlink(tmp_path / "tree" / name) for name in ("link", "file", "hard", "sub/up")}
+    assert links == {"link": str(precious), "file": f"{precious}/kept", "hard": f"{precious}/kept",
+                     "sub/up": "../../precious"}  # fmt: skip
+    # The same tree again, with files where the links were.
+    inside(init_pid(host, ref), swap)
+    (tmp_path / "again").mkdir()
+    os.rename(tmp_path / "tree", tmp_path / "again/tree")
+    os.symlink("../precious", tmp_path / "again/precious")
+    done = host.run("pull", f"{ref}:/root/tree", str(tmp_path / "again"), check=False)
+    assert (done.status, "none is written through" in done.err) == (1, True), done
+    assert os.listdir(precious) == ["kept"]
+    assert (precious / "kept").read_text() == "the host's\n"
     host.run("destroy", ref, "--force", "--yes")
