@@ -51,6 +51,10 @@ class Layout:
         self.subid_owner = f"sysctr{suffix}"
         self.group = "sysctr"
 
+    def pool_run(self, name: str) -> str:
+        """Return the directory of what a pool needs until the next boot: mount points, and what is in use."""
+        return f"{self.run}/storage/{name}"
+
     def veth(self, container_id: int, index: int) -> str:
         """Return the name of the host's end of a container's NIC (at most 15 characters).
 

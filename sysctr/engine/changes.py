@@ -52,7 +52,7 @@ class Changes:
             if old is not None:
                 schema.refuse_fixed(old, new)
             draft = dataclasses.replace(record, config=new, config_text=text)
-            if new.limits.disk_bytes is not None and not host.storage.traits.enforces_size:
+            if new.limits.disk_bytes is not None and not host.driver(record).traits.enforces_size:
                 raise Refused(
                     f"cannot limit the disk of {record.id}: this storage cannot enforce a size",
                     "leave limits.disk out",

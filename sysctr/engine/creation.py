@@ -1,5 +1,6 @@
 """Creating and destroying containers: one is there completely, or nothing of it is."""
 
+import contextlib
 import logging
 from contextlib import ExitStack
 
@@ -8,7 +9,7 @@ from sysctr.config import host as host_settings
 from sysctr.config import schema, toml, values
 from sysctr.engine import guest
 from sysctr.engine.changes import with_macs
-from sysctr.engine.host import Host
+from sysctr.engine.host import Host, owner
 from sysctr.engine.lifecycle import Lifecycle, limits_of
 from sysctr.engine.record import Record, new_record
 from sysctr.engine.tasks import Task
@@ -62,8 +63,12 @@ class Creation:
             text = self._config_text(changes)
             record = new_record(number, text, idmap, template=template.name)
             self._refuse_unenforceable(record)
-            host.storage.create(record.volume, (template.layer,))
-            undo.callback(host.storage.destroy, record.volume)
+            driver = host.driver(record)
+            base = host.pools.base(template, host.templates.rootfs(template.name), record.pool)
+            driver.create(
+                record.volume, base, host.worker(record, task), size_bytes=record.config.limits.disk_bytes
+            )
+            undo.callback(driver.destroy, record.volume)
             undo.callback(host.network.release, number)
             host.network.ensure()
             # Now, so that a taken address is told before anything runs.
@@ -73,8 +78,10 @@ class Creation:
             work = guest.login_setup(spec.get("ssh_keys") or (), hashed)
             if work is not None:
                 task.step("setting up logins")
-                spec_of_root = host.storage.mount_spec(record.volume)
-                host.jobs_for(record).run_builtin(number, spec_of_root, work, task)
+                root = host.activate(record)
+                undo.callback(driver.deactivate, record.volume)
+                host.jobs_for(record).run_builtin(number, root, work, task)
+                driver.deactivate(record.volume)
             task.check()
             host.store.create(record)
             undo.pop_all()
@@ -105,7 +112,7 @@ class Creation:
             host.live.wait_settled(number, 30)
         self._lifecycle.quietly(host.cgroups.destroy, number)
         self._lifecycle.quietly(host.network.detach, number)
-        host.storage.destroy(record.volume or str(number))
+        self.discard_volumes(number)
         self._lifecycle.quietly(host.network.release, number)
         # The ids are free again only now that no file of theirs can be reached.
         host.store.delete(number)
@@ -114,6 +121,17 @@ class Creation:
         self._lifecycle.quietly(host.forget_console, number)
         host.bus.publish("container", id=number, change="destroyed")
         host.collect_soon()
+
+    def discard_volumes(self, number: int) -> None:
+        """Destroy every volume that belongs to a container, whatever is known of it."""
+        for name in self._host.pools.names():
+            # A pool that cannot be reached keeps what it has; its own sweep finds it without an owner.
+            with contextlib.suppress(SysctrError):
+                driver = self._host.pools.get(name)
+                for volume in driver.list():
+                    if owner(volume) == number:
+                        driver.deactivate(volume)
+                        driver.destroy(volume)
 
     def refuse_protected(self, record: Record, verb: str) -> None:
         """Raise Refused for a container that its administrator protects."""
@@ -128,7 +146,7 @@ class Creation:
 
     def _refuse_unenforceable(self, record: Record) -> None:
         host = self._host
-        if record.config.limits.disk_bytes is not None and not host.storage.traits.enforces_size:
+        if record.config.limits.disk_bytes is not None and not host.driver(record).traits.enforces_size:
             raise Refused(
                 f"cannot limit the disk of {record.config.name}: this storage cannot enforce a size",
                 "leave --disk out",

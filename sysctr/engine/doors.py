@@ -78,8 +78,11 @@ class Doors:
     def run_builtin(self, record: Record, program: dict, task: Task) -> None:
         """Do one of the supervisor's own works in a container, running or stopped, and wait for its end."""
         if not self._host.live.running(record.id):
-            spec = self._host.storage.mount_spec(record.volume)
-            self._host.jobs_for(record).run_builtin(record.id, spec, program, task)
+            spec = self._host.activate(record)
+            try:
+                self._host.jobs_for(record).run_builtin(record.id, spec, program, task)
+            finally:
+                self._host.release(record.id)
             return
         ticket = self._ticket({"kind": "files", "id": record.id, **self._work(record, program, [])})
         self._host.supervisor.use_ticket(ticket["ticket"], task.check)
@@ -93,7 +96,7 @@ class Doors:
         if self._host.live.running(record.id):
             inner = {"program": program, "streams": streams, "cgroup": self._cgroup(record)}
             return {"request": inner}
-        spec = self._host.storage.mount_spec(record.volume)
+        spec = self._host.activate(record)
         idmap = self._host.jobs_for(record).idmap
         plan = volume_job_plan(record.id, spec, idmap, self._host.stage, program)
         return {"plan": plan, "streams": streams}

@@ -15,6 +15,7 @@ from sysctr.engine.events import Bus
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.live import Live
+from sysctr.engine.pools import HOME
 from sysctr.engine.record import Record
 from sysctr.engine.tasks import Task, TaskRunner
 from sysctr.engine.view import View
@@ -48,10 +49,10 @@ class Engine:
         """Take up work: finish or undo what a crash left, then adopt what runs."""
         host = self._host
         host.templates.sweep()
-        host.storage.sweep()
+        host.pools.prepare()
         for stale in host.store.stale_reservations():
             log.info("%d: taking back what was left of %s", stale.id, stale.name)
-            host.storage.destroy(str(stale.id))
+            self._creation.discard_volumes(stale.id)
             host.network.release(stale.id)
             host.store.release(stale.id)
         host.open()
@@ -61,6 +62,7 @@ class Engine:
         # Destroyed on a full disk, which could not note that.
         for number in host.network.all_addresses().keys() - known:
             self._lifecycle.quietly(host.network.release, number)
+        host.release_unused()
         for number in host.cgroups.list_ids():
             if number not in known or not host.live.running(number):
                 self._lifecycle.quietly(host.cgroups.destroy, number)
@@ -95,8 +97,11 @@ class Engine:
             raise UsageError(f"cannot show the log {kind!r}: there is only the console's")
         return self._host.read_console(self._find(ref).id)
 
-    def wait(self, ref: str, state: str, timeout_s: float) -> dict:
-        """Wait until a container is running, stopped, frozen or booted; `reached` says whether it is."""
+    def wait(self, ref: str, state: str, timeout_s: float, *, ran: bool = False) -> dict:
+        """Wait until a container is running, stopped, frozen or booted; `reached` says whether it is.
+
+        `ended` says that it runs no more though it did meanwhile, or before where the caller has seen it so.
+        """
         record = self._find(ref)
         number = record.id
         # An init that does not speak the notify protocol has booted when it runs, as far as can be told.
@@ -109,8 +114,17 @@ class Engine:
         }
         if state not in facts:
             raise UsageError(f"cannot wait for {state!r}: choose one of {', '.join(facts)}")
-        reached = self._host.live.wait(number, facts[state], min(timeout_s, _WAIT_LIMIT_S))
-        return {"reached": reached, "container": self._view.short(self._find(str(number)))}
+        ended = False
+
+        def fact(live: Live | None) -> bool:
+            nonlocal ran, ended
+            ended = ran and facts["stopped"](live)
+            ran = ran or facts["running"](live)
+            return ended or facts[state](live)
+
+        self._host.live.wait(number, fact, min(timeout_s, _WAIT_LIMIT_S))
+        reached = facts[state](self._host.live.get(number))
+        return {"reached": reached, "ended": ended, "container": self._view.short(self._find(str(number)))}
 
     def host(self) -> dict:
         """Return facts about this host."""
@@ -304,9 +318,8 @@ class Engine:
     def _users(self, template: str) -> "list[str]":
         """Return who stands on a template: recorded containers, and volumes whose record is still to come."""
         records = self._host.store.list()
-        names = [record.name for record in records if record.template == template]
-        known = {record.volume for record in records}
-        return names + [v for v in self._host.storage.layer_users().get(template, ()) if v not in known]
+        names = {record.volume: record.name for record in records if record.pool == HOME}
+        return [names.get(volume, volume) for volume in self._host.pools.home.users_of(template)]
 
     def _find(self, ref: str) -> Record:
         return self._host.store.find(ref)

@@ -15,15 +15,17 @@ from sysctr.engine.ids import default_count
 from sysctr.engine.job import JobRunner
 from sysctr.engine.live import Live, LiveTable
 from sysctr.engine.plan import Idmap
+from sysctr.engine.pools import Pools
 from sysctr.engine.record import Record
 from sysctr.engine.state import Store
 from sysctr.engine.supervisor import SupervisorClient
-from sysctr.engine.tasks import TaskRunner
+from sysctr.engine.tasks import Task, TaskRunner
+from sysctr.engine.trees import TreeWorker
 from sysctr.errors import ConfigError, SysctrError
 from sysctr.network.network import Network, Settings
 from sysctr.paths import Layout
 from sysctr.runtime.console import ring_content
-from sysctr.storage.overlay import OverlayDriver
+from sysctr.storage.base import Driver, RootSpec
 from sysctr.template.base import Template
 from sysctr.template.registry import Registry
 
@@ -42,7 +44,7 @@ class Host:
         self.tasks = tasks
         self.settings = read_settings(where)
         self.store = Store(where)
-        self.storage = OverlayDriver(where.pool)
+        self.pools = Pools(where)
         self.templates = Registry(where)
         self.cgroups = open_driver(where)
         self.supervisor = SupervisorClient(where)
@@ -63,7 +65,6 @@ class Host:
         """Make what every container needs of the host, and learn what runs."""
         ids = self.settings.ids
         self.store.pool.register(ids.count or default_count(self.where), ids.first)
-        self.storage.prepare()
         self.templates.prepare()
         self.supervisor.ensure()
         self.live.open(self.cgroups.is_frozen)
@@ -123,6 +124,36 @@ class Host:
         block = self.store.pool.template_block()
         return self._jobs(Idmap(block.first, block.count))
 
+    def driver(self, record: Record) -> Driver:
+        """Return the storage driver that keeps a container's rootfs."""
+        return self.pools.of(record)
+
+    def worker(self, record: Record, task: Task | None = None) -> TreeWorker:
+        """Return what works on a container's trees for its storage driver."""
+        return TreeWorker(self.jobs_for(record), task)
+
+    def activate(self, record: Record) -> RootSpec:
+        """Make a container's volume mountable and return how it is mounted; `release` takes it back."""
+        return self.pools.of(record).activate(record.volume)
+
+    def release(self, number: int) -> None:
+        """Take back what `activate` did for a container that does not run."""
+        for name in self.pools.names():
+            with contextlib.suppress(SysctrError):
+                driver = self.pools.get(name)
+                for volume in driver.active():
+                    if owner(volume) == number:
+                        driver.deactivate(volume)
+
+    def release_unused(self) -> None:
+        """Take back what a daemon that died did for containers that do not run any more."""
+        for name in self.pools.names():
+            with contextlib.suppress(SysctrError):
+                driver = self.pools.get(name)
+                for volume in driver.active():
+                    if not self.live.running(owner(volume)):
+                        driver.deactivate(volume)
+
     def register_name(self, record: Record) -> None:
         """Let the names of this host's network say where a container is."""
         macs = {nic.index: nic.mac for nic in record.config.nets} if record.config else {}
@@ -151,13 +182,20 @@ class Host:
             self._trash_wanted.clear()
             if self._closing:
                 return
-            try:
-                self.storage.empty_trash()
-            except (SysctrError, OSError) as error:
-                log.warning("cannot delete what was destroyed: %s", error)
+            self.pools.empty_trash()
 
     def _jobs(self, idmap: Idmap) -> JobRunner:
         return JobRunner(self.supervisor, self.stage, idmap, self.seccomp)
+
+
+def owner(volume: str) -> int:
+    """Return the container that a volume belongs to; 0 for one that belongs to none.
+
+    >>> owner("101"), owner("101-data"), owner("media")
+    (101, 101, 0)
+    """
+    number = volume.partition("-")[0]
+    return int(number) if number.isdigit() else 0
 
 
 def read_settings(where: Layout) -> host_settings.Host:

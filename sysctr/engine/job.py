@@ -42,9 +42,12 @@ class JobRunner:
         host_view: bool = False,
         binds: Sequence[tuple[str, str]] = (),
         environment: Mapping[str, str] | None = None,
+        source: RootSpec | None = None,
         task: Task | None = None,
     ) -> int:
         """Run one of the host's programs on the tree `volume`, seen at /volume, and return its exit status.
+
+        A `source` is seen at /source, read-only.
 
         What it says on standard error goes to the task's log.
         """
@@ -56,9 +59,16 @@ class JobRunner:
         }  # fmt: skip
         plan = tool_job_plan(
             idmap=self.idmap, stage=self._stage, volume=volume, program=program, binds=tuple(binds),
-            network=network,
+            network=network, source=source,
         )  # fmt: skip
         return self._run(plan, stdin_fd, stdout_fd, task)
+
+    def run_builtin_on(self, directory: str, program: dict, task: Task | None = None) -> None:
+        """Do one of the supervisor's own works on a directory, seen at /volume; raises SysctrError."""
+        plan = tool_job_plan(idmap=self.idmap, stage=self._stage, volume=directory, program=program)
+        status = self._run(plan, None, None, task)
+        if status:
+            raise SysctrError(f"cannot {program['builtin']} files: the job ended with {status}")
 
     def run_builtin(
         self, container_id: int, root: RootSpec, program: dict, task: Task | None = None

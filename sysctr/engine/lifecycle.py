@@ -4,6 +4,7 @@ import contextlib
 import logging
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,11 +12,11 @@ from contextlib import ExitStack
 from sysctr.cgroup.base import Limits
 from sysctr.engine import guest
 from sysctr.engine.host import Host
-from sysctr.engine.live import Live, exit_reason
+from sysctr.engine.live import UNKNOWN_STATUS, Live, exit_reason
 from sysctr.engine.plan import ContainerFacts, Idmap, container_plan
 from sysctr.engine.record import Record
 from sysctr.engine.tasks import Task
-from sysctr.errors import NotFound, Refused, SysctrError, WrongState
+from sysctr.errors import Busy, NoDaemon, NotFound, Refused, SysctrError, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,21 @@ _REBOOTS = 5
 _REBOOTS_WINDOW_S = 10.0
 
 SYSTEMD_HALT = signal.SIGRTMIN + 3
+
+# Tasks in which a container ends because somebody outside wants that: a reboot asked for inside is void.
+_ENDING_TASKS = frozenset({"stop", "shutdown", "reboot", "destroy"})
+
+# For how long a start watches an init that shows no sign of having taken up its work.
+_FIRST_LOOK_S = 0.05
+# What an init listens to: HUP, USR1, USR2, TERM, PWR and systemd's RTMIN+3, and PIPE, which it ignores. A shell
+# that only runs a script catches CHLD and INT.
+_SIGNS = sum(1 << (number - 1) for number in (1, 10, 12, 13, 15, 30, SYSTEMD_HALT))
+_END_WORDS = {
+    "exited": "exited with status {}", "killed": "was killed by signal {}", "halt": "asked for a halt",
+    "unknown": "ended",
+}  # fmt: skip
+_LAST_LINES = 3
+_LINE_LIMIT = 200
 
 
 class Lifecycle:
@@ -68,11 +84,30 @@ class Lifecycle:
                 starting.start()
             except SysctrError as error:
                 raise SysctrError(f"cannot start {container_id}: {error.message}", error.hint) from error
-            host.live.note_started(container_id, starting.pid)
-            starting.close()
+            host.live.note_started(container_id, starting.pid, starting.start_time)
+            # From here on its end, if it comes to that, puts everything away.
             undo.pop_all()
-        self._note_boot(record)
+            undo.callback(starting.close)
+            self._note_boot(record)
+            if _ended_at_once(starting.pid, starting.pidfd.fileno()):
+                self._tell_early_end(container_id)
         host.bus.publish("container", id=container_id, change="started")
+
+    def _tell_early_end(self, container_id: int) -> None:
+        """Raise with what became of an init that ended as soon as it ran, once all of it is put away."""
+        host = self._host
+        if not host.live.wait_settled(container_id, _SETTLE_TIMEOUT_S):
+            raise SysctrError(f"cannot start {container_id}: its init ended and is still being put away")
+        live = host.live.get(container_id)
+        reason = exit_reason(UNKNOWN_STATUS if live is None or live.exit_status is None else live.exit_status)
+        if reason["reason"] == "reboot":
+            return  # that is no failure, and it is started again
+        last = last_lines(host.read_console(container_id))
+        raise SysctrError(
+            f"cannot start {container_id}: its init {_END_WORDS[reason['reason']].format(reason['status'])} "
+            + (f"as soon as it ran, and said: {last}" if last else "as soon as it ran, and said nothing"),
+            f"`sysctr logs {container_id}` shows all of its console",
+        )
 
     def _note_boot(self, record: Record) -> None:
         # Written only when it differs: a start should not wait for a disk.
@@ -100,7 +135,7 @@ class Lifecycle:
             name=config.name,
             uuid=record.uuid,
             idmap=Idmap(record.idmap_first, record.idmap_count),
-            root=host.storage.mount_spec(record.volume),
+            root=host.activate(record),
             stage=host.stage,
             init=(config.init or (template.init if template else "") or "/sbin/init",),
             environment=dict(config.environment),
@@ -165,22 +200,44 @@ class Lifecycle:
     def on_exit(self, live: Live) -> None:
         """Put away what a container's end leaves, and start it again if it asked to be rebooted."""
         host = self._host
-        reason = exit_reason(live.exit_status if live.exit_status is not None else -1)
+        # Asked before anything is put away: what that ends is not the task that had the container.
+        holder = host.tasks.current(live.id)
+        reason = exit_reason(live.exit_status if live.exit_status is not None else UNKNOWN_STATUS)
         log.info("%d: init ended: %s %s", live.id, reason["reason"], reason["status"] or "")
         self.quietly(host.cgroups.destroy, live.id)
         self.quietly(host.network.detach, live.id)
+        self.quietly(host.release, live.id)
         with self._noting(live.id):
             host.store.update(live.id, exit={**reason, "ended": int(time.time())})
         host.bus.publish("container", id=live.id, change="stopped", **reason)
-        again = reason["reason"] == "reboot" and host.tasks.current(live.id) is None
+        again = reason["reason"] == "reboot" and (holder is None or holder.kind not in _ENDING_TASKS)
         if again and self._reboots_too_fast(live.id):
             log.error("%d: it rebooted %d times in %g s: left stopped", live.id, _REBOOTS, _REBOOTS_WINDOW_S)
             again = False
         if again:
-            # A task of its own: this thread must return before the container counts as put away.
-            host.tasks.submit("reboot", live.id, lambda task: self._start_again(task, live.id))
+            self._submit_reboot(live)
         else:
             self._forget_end(live.id)
+
+    def _submit_reboot(self, live: Live) -> None:
+        """Start it again in a task of its own: this thread must return before it counts as put away."""
+        tasks = self._host.tasks
+        try:
+            tasks.submit("reboot", live.id, lambda task: self._start_again(task, live.id))
+        except NoDaemon:
+            pass  # its end is not forgotten: the next daemon carries the reboot out
+        except Busy:
+            # What works on it ends first. It was not asked to end the container, so the reboot still holds.
+            threading.Thread(
+                target=self._reboot_when_free, args=(live,), name=f"reboot-{live.id}", daemon=True
+            ).start()
+
+    def _reboot_when_free(self, live: Live) -> None:
+        self._host.tasks.wait_free(live.id)
+        known = self._host.live.get(live.id)
+        # Somebody else may have started or destroyed it meanwhile.
+        if known is not None and known.is_run(live.pid, live.start_time):
+            self._submit_reboot(live)
 
     def _start_again(self, task: Task, container_id: int) -> None:
         # Its end is forgotten only afterwards: a daemon that dies before this leaves the next one the reboot.
@@ -307,33 +364,50 @@ def signal_number(name: str) -> int:
         raise Refused(f"cannot send the signal {name!r}: there is none of this name") from error
 
 
-def _signal_masks(pid: int) -> "tuple[int, int]":
-    """Return the blocked and the caught signals of a process as bit masks."""
-    blocked = caught = 0
+def _ended_at_once(pid: int, pidfd: int) -> bool:
+    """Watch an init that was just executed until it ends, or listens to signals, or the time is over.
+
+    So a start that goes well waits for its init's first few lines, and one that does not is told as such.
+    """
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    deadline = time.monotonic() + _FIRST_LOOK_S
+    while not poll.poll(1):
+        if time.monotonic() > deadline or any(mask & _SIGNS for mask in _signal_masks(pid)):
+            return bool(poll.poll(0))
+    return True
+
+
+def last_lines(console: bytes) -> str:
+    r"""Return the last few lines that a console showed, as one.
+
+    >>> last_lines(b"one\r\ntwo\r\n\r\nthree\r\nfour\r\n")
+    'two / three / four'
+    """
+    lines = [line.strip() for line in console[-4096:].decode(errors="replace").splitlines()]
+    return " / ".join(line[-_LINE_LIMIT:] for line in [line for line in lines if line][-_LAST_LINES:])
+
+
+def _signal_masks(pid: int) -> "tuple[int, int, int]":
+    """Return the blocked, the ignored and the caught signals of a process as bit masks."""
+    masks = {"SigBlk": 0, "SigIgn": 0, "SigCgt": 0}
     try:
         with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
             for line in status:
-                if line.startswith("SigBlk:"):
-                    blocked = int(line.split()[1], 16)
-                elif line.startswith("SigCgt:"):
-                    caught = int(line.split()[1], 16)
+                name, _, value = line.partition(":")
+                if name in masks:
+                    masks[name] = int(value, 16)
     except OSError:
         pass
-    return blocked, caught
+    return masks["SigBlk"], masks["SigIgn"], masks["SigCgt"]
 
 
 def _signal_by_mask(pid: int) -> int:
     """Choose the halt signal by what init listens to: systemd blocks SIGRTMIN+3, as it reads a signalfd."""
-    blocked, _ = _signal_masks(pid)
+    blocked, _, _ = _signal_masks(pid)
     return SYSTEMD_HALT if blocked >> (SYSTEMD_HALT - 1) & 1 else signal.SIGPWR
 
 
 def _is_handled(pid: int, number: int) -> bool:
-    blocked, caught = _signal_masks(pid)
+    blocked, _, caught = _signal_masks(pid)
     return bool((blocked | caught) >> (number - 1) & 1)
-
-
-def uptime_s(live: Live) -> float:
-    """Return for how long a container has been running."""
-    return max(0.0, time.time() - live.started)
-

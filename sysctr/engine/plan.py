@@ -99,24 +99,46 @@ def container_plan(facts: ContainerFacts) -> dict:
     }
 
 
-def root_trees(root: RootSpec) -> "list[dict]":
-    """Return the idmapped trees an overlay root stands on."""
+def root_trees(root: RootSpec, prefix: str = "") -> "list[dict]":
+    """Return the trees that a root stands on, bound with the container's id map.
+
+    No device node in one of them is one here: the host's root made none, and nobody else can.
+    """
+    read_only = {True: mount.MOUNT_ATTR_RDONLY, False: 0}
     return [
-        # The kernel never writes to a lower; read-only says so twice.
-        {"tree": "layers", "path": root.layers_directory, "attributes": mount.MOUNT_ATTR_RDONLY},
-        {"tree": "volume", "path": root.volume_directory},
-    ]
+        {
+            "tree": prefix + tree.name, "path": tree.path,
+            "attributes": mount.MOUNT_ATTR_NODEV | read_only[tree.read_only],
+        }
+        for tree in root.trees
+    ]  # fmt: skip
 
 
 def root_steps(root: RootSpec) -> list:
     """Return the steps from nothing to a mounted root."""
+    if not root.lowers:
+        return [steps.Stage(), steps.TreeRoot(root.trees[0].name)]
     return [
         steps.Stage(),
-        steps.Attach("layers", "layers"),
-        steps.Attach("volume", "volume"),
-        steps.OverlayRoot(
-            [f"layers/{lower}" for lower in root.lowers], f"volume/{root.upper}", f"volume/{root.work}"
-        ),
+        *[steps.Attach(tree.name, tree.name) for tree in root.trees],
+        steps.OverlayRoot(list(root.lowers), root.upper, root.work),
+    ]
+
+
+def view_steps(root: RootSpec, target: str, prefix: str) -> list:
+    """Return the steps that show a volume, read-only, at a directory of a job's own root."""
+    if not root.lowers:
+        read_only = mount.MOUNT_ATTR_RDONLY
+        return [steps.Bind(prefix + root.trees[0].name, target, directory=True, attributes=read_only)]
+    names = {tree.name: prefix + tree.name for tree in root.trees}
+    lowers = list(root.lowers)
+    if root.upper:
+        # What was a writable layer is one more lower: a view mounts no upper, so any number may look.
+        lowers.insert(0, root.upper)
+    renamed = [names[first] + slash + rest for first, slash, rest in (low.partition("/") for low in lowers)]
+    return [
+        *[steps.Attach(name, name) for name in names.values()],
+        steps.OverlayView(renamed, target),
     ]
 
 
@@ -218,8 +240,11 @@ def tool_job_plan(
     binds: "tuple[tuple[str, str], ...]" = (),
     network: bool = False,
     tmp_size: str = "256m",
+    source: RootSpec | None = None,
 ) -> dict:
     """Return the plan of a job that runs the host's tools on a directory, seen at /volume.
+
+    A `source` is seen at /source, read-only.
 
     Its root is a tmpfs with the host's /usr read-only: host tools, never a rootfs's own libraries. `binds`
     are further host paths (read-only) and their targets. With `network` it shares the host's network.
@@ -227,6 +252,11 @@ def tool_job_plan(
     sources = [{"tree": "usr", "path": "/usr"}, *device_sources()]
     sources += [{"tree": f"bind:{target}", "path": path, "optional": True} for path, target in binds]
     read_only = mount.MOUNT_ATTR_RDONLY | _NO_DEV
+    trees = [{"tree": "volume", "path": volume}]
+    view = []
+    if source is not None:
+        trees += root_trees(source, "source-")
+        view = view_steps(source, "/source", "source-")
     prepare = [
         steps.Stage(),
         steps.TmpfsRoot(),
@@ -241,11 +271,12 @@ def tool_job_plan(
             for _, target in binds
         ],
         steps.Bind("volume", "/volume", directory=True),
+        *view,
         steps.PivotRoot(shared=False),
     ]  # fmt: skip
     return {
         "uid_map": idmap.as_map(), "gid_map": idmap.as_map(), "stage": stage, "network": not network,
-        "trees": [{"tree": "volume", "path": volume}], "sources": sources,
+        "trees": trees, "sources": sources,
         "prepare": [steps.to_json(step) for step in prepare],
         "program": program,
     }  # fmt: skip

@@ -24,6 +24,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "idmap_count": (int,),
     "generation": (int,),
     "template": (str,),
+    "pool": (str,),
     "volume": (str,),
     "boot_config": (str,),
     "addresses": (list,),
@@ -44,6 +45,7 @@ class Saved:
     idmap_count: int
     generation: int = 1
     template: str = ""
+    pool: str = "default"
     volume: str = ""
     # The configuration that the container was last started with: what differs now waits for a restart.
     boot_config: str = ""
@@ -86,7 +88,13 @@ def config_digest(text: str) -> str:
 
 
 def new_record(
-    number: int, config_text: str, idmap: IdRange, *, template: str = "", volume: str = ""
+    number: int,
+    config_text: str,
+    idmap: IdRange,
+    *,
+    template: str = "",
+    pool: str = "default",
+    volume: str = "",
 ) -> Record:
     """Return the record of a container that is being created, with an identity of its own."""
     config = parse_config(toml.read_container(config_text))
@@ -98,6 +106,7 @@ def new_record(
         idmap_first=idmap.first,
         idmap_count=idmap.count,
         template=template or config.template,
+        pool=pool,
         volume=volume or str(number),
         config=config,
         config_text=config_text,

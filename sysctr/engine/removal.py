@@ -63,7 +63,7 @@ def cgroup_directories(where: Layout) -> list[str]:
 
 
 def stop_processes(where: Layout, deadline_s: float = 20) -> list[int]:
-    """End the daemon, keeper, supervisor, what runs in containers and our lxcfs; return what would not end."""
+    """End the services, what runs in containers, and our lxcfs; return what would not end."""
     services = service_pids(where)
     inside = container_pids(where)
     # The keeper before the supervisor, else it starts another one.

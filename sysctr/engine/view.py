@@ -151,7 +151,7 @@ class View:
 
     def _disk_used(self, record: Record) -> int | None:
         try:
-            return self._host.storage.usage(record.volume)
+            return self._host.driver(record).usage(record.volume)
         except (SysctrError, OSError):
             return None
 

@@ -132,6 +132,31 @@ class OverlayRoot(Step):
             raise OSError(errno.EROFS, "the kernel mounted the overlay read-only")
 
 
+class OverlayView(Step):
+    """Overlay layers shown read-only on a directory of the root, for a job that looks at a volume."""
+
+    lower: list[str]
+    target: str
+
+    def describe(self) -> str:
+        return f"view of {len(self.lower)} layers on {self.target}"
+
+    def execute(self, context: Context) -> None:
+        target_fd = path.make_directory(context.root_fd, self.target)
+        if len(self.lower) > 1:
+            os.mkdir("view", 0o755)
+            mount.mount("overlay", "view", "overlay", 0, f"lowerdir={':'.join(self.lower)},userxattr")
+            tree_fd = mount.open_tree("view")
+            mount.umount2("view", mount.MNT_DETACH)
+        else:
+            # An overlay of one layer and no upper is an error to the kernel.
+            tree_fd = mount.open_tree(self.lower[0])
+            mount.mount_setattr(tree_fd, attributes=mount.MOUNT_ATTR_RDONLY)
+        mount.move_mount(tree_fd, target_fd)
+        for fd in (tree_fd, target_fd):
+            os.close(fd)
+
+
 class TreeRoot(Step):
     """A prepared tree as the root itself."""
 

@@ -20,7 +20,7 @@ import time
 
 from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
 from sysctr.storage import tree
-from sysctr.storage.base import RootSpec, Traits
+from sysctr.storage.base import Base, RootSpec, Traits, Tree, Worker
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,15 @@ _MEASURE_AGAIN_S = 60.0
 class OverlayDriver:
     """The storage driver for a plain directory."""
 
+    kind = "overlay"
     traits = Traits(
-        shared_base=True, cheap_snapshots=False, needs_freeze=True, enforces_size=False, native_stream=False
-    )
+        shared_base=True, cheap_snapshots=True, cheap_clones=True, needs_freeze=True, enforces_size=False,
+        grows_live=False, shrinks=False, native_stream=False,
+    )  # fmt: skip
 
-    def __init__(self, pool: str) -> None:
-        self.pool = pool
+    def __init__(self, pool: str, run_directory: str) -> None:
+        self.pool = self.directory = pool
+        self._run = run_directory
         self.layers = f"{pool}/layers"
         self.volumes = f"{pool}/volumes"
         self.trash = tree.Trash(f"{pool}/.trash")
@@ -101,11 +104,11 @@ class OverlayDriver:
         """Delete the data of destroyed volumes."""
         self.trash.empty()
 
-    def create(self, volume: str, layers: tuple[str, ...]) -> None:
-        """Make an empty volume over `layers` (top first), in constant time.
-
-        Raises WrongState when it exists, NotFound for a missing layer, NoSpace on a full disk.
-        """
+    def create(
+        self, volume: str, base: Base | None, worker: Worker, *, size_bytes: int | None = None
+    ) -> None:
+        """Make a volume over the template's layer, in constant time."""
+        layers = (base.layer,) if base else ()
         final = self._path(volume)
         doing = f"create volume {volume}"
         if not 0 < len(layers) <= MAX_LAYERS:
@@ -160,15 +163,15 @@ class OverlayDriver:
         """Tell whether the volume is there."""
         return os.path.isdir(self._path(volume))
 
-    def list(self) -> list[str]:
+    def list(self) -> "list[str]":
         """Return the names of all volumes, sorted."""
         try:
             return sorted(name for name in os.listdir(self.volumes) if _VOLUME.fullmatch(name))
         except FileNotFoundError:
             return []
 
-    def mount_spec(self, volume: str) -> RootSpec:
-        """Return how the volume is mounted as a root.
+    def activate(self, volume: str) -> RootSpec:
+        """Return how the volume is mounted; nothing is mounted on the host for it.
 
         Raises NotFound for a missing volume or layer, SysctrError for a damaged record.
         """
@@ -177,23 +180,28 @@ class OverlayDriver:
             if not os.path.isdir(f"{self.layers}/{layer}/rootfs"):
                 raise NotFound(f"cannot mount volume {volume}: its layer {layer} is missing in {self.layers}")
         return RootSpec(
-            pool_directory=self.pool,
-            layers_directory=self.layers,
-            lowers=tuple(f"{layer}/rootfs" for layer in layers),
-            volume_directory=self._path(volume),
-            upper="upper",
-            work="work",
+            trees=(Tree("pool", self.pool, read_only=True), Tree("volume", self._path(volume))),
+            lowers=tuple(f"pool/layers/{layer}/rootfs" for layer in layers),
+            upper="volume/upper",
+            work="volume/work",
         )
 
-    def layer_users(self) -> dict[str, tuple[str, ...]]:
-        """Return for each layer in use the volumes that stand on it."""
-        users: dict[str, list[str]] = {}
+    def deactivate(self, volume: str) -> None:
+        """Do nothing: nothing is mounted on the host."""
+
+    def active(self) -> frozenset[str]:
+        """Return nothing: nothing is mounted on the host."""
+        return frozenset()
+
+    def users_of(self, layer: str) -> "list[str]":
+        """Return the volumes that stand on a layer."""
+        users = []
         for volume in self.list():
             # A damaged record stops only its own volume; but which layers it needs is then unknown.
             with contextlib.suppress(NotFound):
-                for layer in self._layers_of(volume):
-                    users.setdefault(layer, []).append(volume)
-        return {layer: tuple(volumes) for layer, volumes in users.items()}
+                if layer in self._layers_of(volume):
+                    users.append(volume)
+        return users
 
     def usage(self, volume: str) -> int | None:
         """Return the bytes of the upper as last measured, and have them measured again when that is old."""

@@ -13,14 +13,14 @@ import pytest
 
 from sysctr.engine import plan
 from sysctr.runtime import steps
-from sysctr.storage.base import RootSpec
+from sysctr.storage.base import RootSpec, Tree
 
 GOLDEN = Path(__file__).parents[1] / "data" / "plan"
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 
 ROOT = RootSpec(
-    pool_directory="/pool", layers_directory="/pool/layers", lowers=("new/rootfs", "base/rootfs"),
-    volume_directory="/pool/volumes/101", upper="upper", work="work",
+    trees=(Tree("pool", "/pool", read_only=True), Tree("volume", "/pool/uppers/101.1")),
+    lowers=("pool/uppers/101.0/rootfs", "pool/layers/base/rootfs"), upper="volume/rootfs", work="volume/work",
 )  # fmt: skip
 FACTS = plan.ContainerFacts(
     name="web",
@@ -55,6 +55,7 @@ def tool_job() -> dict:
     return plan.tool_job_plan(
         idmap=FACTS.idmap, stage="/run/stage", volume="/pool/layers/.new", program={"argv": ["tar"]},
         binds=(("/etc/resolv.conf", "/etc/resolv.conf"),), network=True,
+        source=ROOT,
     )  # fmt: skip
 
 
@@ -86,8 +87,8 @@ def test_what_a_plan_takes_from_the_guest_cannot_lead_it_elsewhere() -> None:
     """Every source of a container's plan is a path of the host that the guest has no say in."""
     made = container()
     paths = [entry["path"] for entry in (*made["trees"], *made["sources"])]
-    assert all(path.startswith(("/pool/", "/dev/", "/lxcfs/")) for path in paths)
-    assert not any(path.startswith("/pool/volumes/101/") for path in paths)
+    assert all(path.startswith(("/pool", "/dev/", "/lxcfs/")) for path in paths)
+    assert not any(path.startswith("/pool/uppers/101.1/") for path in paths)
 
 
 def test_the_environment_of_init_is_all_in_the_plan() -> None:
