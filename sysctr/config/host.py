@@ -1,7 +1,7 @@
 """The settings of a host, `/etc/sysctr/host.toml`: one table of keys, as for containers."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from sysctr.config import kinds, schema
 from sysctr.config.table import Key, Plain, Section, Table
@@ -30,17 +30,10 @@ class IdSettings:
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What a new container has where its creator says nothing."""
+class Defaults(schema.Limits):
+    """What a new container has where its creator says nothing: its limits, and its template."""
 
     template: str
-    cores: int | tuple[int, ...] | None
-    cpu: float | None
-    cpu_weight: int | None
-    memory_bytes: int | None
-    swap_bytes: int | None
-    pids: int | None
-    disk_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +53,17 @@ class Host:
     log: LogSettings
 
 
+# A fork bomb in one container must not exhaust the process ids of all.
+_LIMITS = {"pids": 4096}
+
+
+def _default_limits() -> Iterator[Key]:
+    for key in schema.TABLE.columns("limits").values():
+        last = key.name.rpartition(".")[2]
+        default = _LIMITS.get(last, key.default)
+        yield replace(key, name=f"defaults.{last}", default=default, live="live")
+
+
 _IDS = kinds.whole_kind(65536, 2**31 - 1)
 
 KEYS = (
@@ -69,14 +73,7 @@ KEYS = (
     Key("ids.first", _IDS, None, "restart", "first id of the pool in /etc/subuid"),
     Key("ids.count", _IDS, None, "restart", "ids in the pool, 65536 a container"),
     Key("defaults.template", kinds.TEMPLATE, "", "live", "template of a new container"),
-    Key("defaults.cores", kinds.CORES, None, "live", "its processors"),
-    Key("defaults.cpu", kinds.CPU, None, "live", "its processor time, in processors"),
-    Key("defaults.cpu_weight", kinds.WEIGHT, None, "live", "its share of a busy processor"),
-    Key("defaults.memory", kinds.MEMORY, None, "live", "its memory"),
-    Key("defaults.swap", kinds.SWAP, None, "live", "its swap, beside the memory"),
-    # A fork bomb in one container must not exhaust the process ids of all.
-    Key("defaults.pids", kinds.PIDS, 4096, "live", "its processes and threads"),
-    Key("defaults.disk", kinds.DISK, None, "live", "its disk space"),
+    *_default_limits(),
     Key("log.level", kinds.LEVEL, "info", "live", "least level that the daemon logs"),
 )
 

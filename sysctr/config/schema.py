@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sysctr.config import kinds
 from sysctr.config.table import Key, Plain, Section, Table
-from sysctr.config.values import format_properties, parse_properties, shown
+from sysctr.config.values import parse_properties, shown
 from sysctr.errors import ConfigError
 
 SCHEMA = 1
@@ -110,7 +110,7 @@ SECTIONS = (
     Section("features", "features", Features),
 )
 
-TABLE = Table(KEYS, SECTIONS, required=("name",))
+TABLE = Table(KEYS, SECTIONS, ("name",), listing="`sysctr set --help` lists the keys")
 
 # How Proxmox calls two of a card's keys.
 _NET_ALIASES = {"hwaddr": "mac", "gw": "gateway"}
@@ -133,25 +133,15 @@ def dump_config(container: Container) -> dict[str, object]:
     return TABLE.dump(container)
 
 
-def parse_set(text: str) -> dict[str, Plain | None]:
-    """Read `key=value` of a command line as changes of the file; an empty value unsets the key.
-
-    >>> parse_set("limits.pids=512"), parse_set("tags=")
-    ({'limits.pids': 512}, {'tags': None})
-    >>> parse_set("net.0=name=eth0,ip=10.0.0.2/24")
-    {'net.0.name': 'eth0', 'net.0.ip': '10.0.0.2/24'}
-    """
-    name, equals, value = text.partition("=")
-    if not equals:
-        TABLE.find(name)
-        raise ConfigError(f"cannot accept {shown(text)}: a change is written key=value")
-    return plain_changes({name: value})
-
-
 def plain_changes(changes: Mapping[str, object]) -> dict[str, Plain | None]:
     """Check changes by dotted key, as a command or an API client gives them; return what the file will say.
 
     A text is read as a command line would be, None unsets a key, and `net.0` stands for a whole card.
+
+    >>> plain_changes({"limits.pids": "512", "tags": ""})
+    {'limits.pids': 512, 'tags': None}
+    >>> plain_changes({"net.0": "name=eth0,ip=10.0.0.2/24"})
+    {'net.0.name': 'eth0', 'net.0.ip': '10.0.0.2/24'}
     """
     plain: dict[str, Plain | None] = {}
     for name, value in changes.items():
@@ -186,16 +176,6 @@ def parse_net(text: str) -> dict[str, Plain | None]:
             raise ConfigError(f"{name} is given twice in {shown(text)}")
         read[name] = key.parse(given, value)
     return read
-
-
-def format_net(nic: Nic) -> str:
-    """Write a card in one line; `parse_net` reads it."""
-    properties = {}
-    for name, key in TABLE.columns("net.0").items():
-        value = getattr(nic, key.field)
-        if value not in (None, ""):
-            properties[name] = str(key.kind.dump(value))
-    return format_properties(properties)
 
 
 def diff_live(old: Container, new: Container) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -23,6 +23,8 @@ NUMBER = "N"
 FREE = "NAME"
 HIGHEST_NUMBER = 31
 _NUMBER = re.compile(r"0|[1-9][0-9]?")
+# Below this a name has nothing to do with the nearest key, and to name that would mislead.
+_LEAST_LIKENESS = 0.6
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,15 @@ class Table:
     """All keys of one kind of file."""
 
     def __init__(
-        self, keys: Sequence[Key], sections: Sequence[Section], required: Sequence[str] = ()
+        self,
+        keys: Sequence[Key],
+        sections: Sequence[Section],
+        required: Sequence[str] = (),
+        listing: str = "",
     ) -> None:
         self.keys = tuple(keys)
         self.required = tuple(required)
+        self._listing = listing or f"the keys are {', '.join(key.name for key in keys)}"
         self._keys = {tuple(key.name.split(".")): key for key in keys}
         self._sections = {tuple(filter(None, section.pattern.split("."))): section for section in sections}
         # `environment.NAME` is the table `environment` with free keys.
@@ -171,7 +178,7 @@ class Table:
         return {".".join(path): item for path, _, item in self._walk(value)}
 
     def find(self, name: str) -> Key:
-        """Return the key of a dotted name such as `net.0.ip`, else raise an error with the nearest one."""
+        """Return the key of a dotted name such as `net.0.ip`, or raise an error with the nearest one."""
         path = tuple(name.split("."))
         pattern = self._pattern(path)
         if pattern not in self._keys:
@@ -270,6 +277,8 @@ class Table:
             return ConfigError(f"cannot accept {name}: a variable's name has letters, digits and _")
         known = [self._concrete(pattern, path) for pattern in self._keys]
         nearest = max(known, key=lambda other: _likeness(name, other))
+        if _likeness(name, nearest) < _LEAST_LIKENESS:
+            return ConfigError(f"cannot accept {name}: no such key", self._listing)
         return ConfigError(f"cannot accept {name}: no such key, the nearest is {nearest}")
 
     @staticmethod

@@ -78,11 +78,6 @@ def parse_bool(text: str) -> bool:
     raise refuse(text, "true or false")
 
 
-def format_bool(value: bool) -> str:
-    """Write a truth value."""
-    return "true" if value else "false"
-
-
 def parse_whole(text: str) -> int:
     """Read a whole number in decimal."""
     if re.fullmatch(r"-?[0-9]{1,20}", text) is None:
@@ -163,15 +158,6 @@ def check_cpu(cpus: float) -> float:
     if not math.isfinite(cpus) or not 0.01 <= cpus <= MOST_CPUS:
         raise ConfigError(f"{shown(cpus)} processors are outside 0.01 to {MOST_CPUS}")
     return round(float(cpus), 2)
-
-
-def format_cpu(cpus: float) -> str:
-    """Write a number of processors.
-
-    >>> format_cpu(2.0), format_cpu(0.25)
-    ('2', '0.25')
-    """
-    return f"{cpus:.2f}".rstrip("0").rstrip(".")
 
 
 def parse_cores(text: str) -> int | tuple[int, ...]:
@@ -335,23 +321,6 @@ def parse_environment_name(text: str) -> str:
     if _ENVIRONMENT_NAME.fullmatch(text) is None:
         raise refuse(text, "a variable's name, which has letters, digits and _")
     return text
-
-
-def parse_environment(text: str) -> tuple[str, str]:
-    """Read `NAME=VALUE`.
-
-    >>> parse_environment("LANG=C.UTF-8")
-    ('LANG', 'C.UTF-8')
-    """
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise refuse(text, "a variable written NAME=VALUE")
-    return parse_environment_name(name), parse_text(value, 32768)
-
-
-def format_environment(name: str, value: str) -> str:
-    """Write a variable as `NAME=VALUE`."""
-    return f"{name}={value}"
 
 
 def parse_properties(text: str, default_key: str = "") -> dict[str, str]:

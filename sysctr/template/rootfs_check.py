@@ -120,11 +120,6 @@ def init_kind(target: str) -> str:
     return "sysvinit" if name == "init" else "other"
 
 
-def stop_signal_of(kind: str) -> str:
-    """Return the name of the signal that makes an init of this kind power off."""
-    return _STOP_SIGNALS.get(kind, _STOP_SIGNALS["other"])
-
-
 def _check_init(root_fd: int, init: str) -> tuple[str, str]:
     """Return (architecture, resolved path) of the init program."""
     fd = _open_program(root_fd, init, f"no {init}")

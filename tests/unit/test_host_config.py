@@ -57,6 +57,7 @@ def test_all_settings_are_read() -> None:
         ({"ids": {"first": 0}}, "ids.first"),
         ({"log": {"level": "loud"}}, "one of debug, info"),
         ({"defaults": {"memory": "lots"}}, "defaults.memory: 'lots' is not a size"),
+        ({"xyzzy": 1}, "cannot accept xyzzy: no such key"),
         ({"net": {"0": {}}}, "cannot accept net"),
     ],
 )

@@ -27,7 +27,6 @@ PARSERS = [
     values.parse_path,
     values.parse_signal,
     values.parse_environment_name,
-    values.parse_environment,
     values.parse_properties,
     addresses.parse_ifname,
     addresses.parse_mac,
@@ -111,11 +110,6 @@ def test_durations_go_there_and_back(seconds: int) -> None:
     assert values.parse_duration(values.format_duration(seconds)) == seconds
 
 
-@given(st.integers(1, 100 * values.MOST_CPUS))
-def test_processor_times_go_there_and_back(hundredths: int) -> None:
-    assert values.parse_cpu(values.format_cpu(hundredths / 100)) == hundredths / 100
-
-
 @given(
     st.one_of(st.integers(1, 8192), st.sets(st.integers(0, 8191), min_size=1).map(lambda s: tuple(sorted(s))))
 )
@@ -123,19 +117,9 @@ def test_cores_go_there_and_back(cores: int | tuple[int, ...]) -> None:
     assert values.parse_cores(values.format_cores(cores)) == cores
 
 
-@given(st.booleans())
-def test_truth_goes_there_and_back(value: bool) -> None:
-    assert values.parse_bool(values.format_bool(value)) is value
-
-
 @given(st.one_of(st.integers(1, 31), st.integers(34, 64)))
 def test_signals_go_there_and_back(number: int) -> None:
     assert values.signal_number(values.format_signal(number)) == number
-
-
-@given(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,20}", fullmatch=True), PLAIN)
-def test_variables_go_there_and_back(name: str, value: str) -> None:
-    assert values.parse_environment(values.format_environment(name, value)) == (name, value)
 
 
 PROPERTIES = st.dictionaries(
