@@ -13,7 +13,7 @@ _left = int(_count or 1)
 
 def point(name: str) -> None:
     """Die here by SIGKILL if this is the point that SYSCTR_FAULT names."""
-    global _left  # noqa: PLW0603 - a count for the whole process is what it is
+    global _left
     if name != _wanted:
         return
     _left -= 1
