@@ -140,8 +140,13 @@ class Network:
         self._publish(ct_id)
 
     def enroll(self, ct_id: int, name: str, nics: Iterable[Nic]) -> dict[int, Address]:
-        """Give a new container its addresses on our bridge and publish its name, in one write to disk."""
+        """Give a new container its addresses on our bridge and publish its name, in one write to disk.
+
+        Before that every NIC is checked: a container that could not start is better not made.
+        """
         check_name(name)
+        nics = tuple(nics)
+        self.check(name, nics)
         wanted = [
             Wanted(nic.index, nic.mac, "" if nic.ip == "managed" else nic.ip)
             for nic in nics
@@ -150,6 +155,14 @@ class Network:
         given = self._addresses.enroll(self.subnet, ct_id, name, wanted)
         self._publish(ct_id)
         return given
+
+    def check(self, owner: object, nics: Iterable[Nic]) -> None:
+        """Raise an error for a NIC that could not be attached now: its bridge is missing, or its address."""
+        for nic in nics:
+            if nic.bridge and nic.bridge != self.bridge:
+                with self._lock, _failing(f"look for the bridge {nic.bridge}"):
+                    self._find_bridge(owner, nic)
+                self._refuse_unmanaged(owner, nic)
 
     def release(self, ct_id: int, nic: int | None = None) -> None:
         """Give back the addresses of a container, or of one of its NICs, and forget its names."""
@@ -180,7 +193,7 @@ class Network:
         host_name, mac = self._layout.veth(ct_id, nic.index), nic.mac or random_mac()
         addresses, gateway = self._addressing(ct_id, nic, mac)
         with _failing(f"attach {nic.name} of {ct_id}"), contextlib.ExitStack() as undo:
-            bridge = self._find_bridge(ct_id, nic.bridge or self.bridge)
+            bridge = self._find_bridge(ct_id, nic)
 
             def create() -> None:
                 links.create_pair(
@@ -245,11 +258,7 @@ class Network:
             return [], None
         gateway = IPv4Address(nic.gateway) if nic.gateway else None
         if (nic.bridge or self.bridge) != self.bridge:
-            if nic.ip == "managed":
-                raise Refused(
-                    f"cannot attach {nic.name} of {ct_id}: addresses on {nic.bridge} are not managed here",
-                    "give the NIC an address, or ip=manual",
-                )
+            self._refuse_unmanaged(ct_id, nic)
             return [IPv4Interface(nic.ip)], gateway
         address = self.allocate(ct_id, nic.index, None if nic.ip == "managed" else nic.ip)
         if (nic.index, address.ip, mac) not in self._addresses.lease(ct_id).nics:
@@ -259,13 +268,23 @@ class Network:
         own = IPv4Address(address.gateway) if nic.index == 0 else None
         return [address.interface], gateway or own
 
-    def _find_bridge(self, ct_id: int, name: str) -> Link:
+    def _refuse_unmanaged(self, owner: object, nic: Nic) -> None:
+        if nic.ip == "managed":
+            raise Refused(
+                f"cannot attach {nic.name} of {owner}: addresses on {nic.bridge} are not managed here",
+                "give the NIC an address, or ip=manual",
+            )
+
+    def _find_bridge(self, owner: object, nic: Nic) -> Link:
+        name = nic.bridge or self.bridge
         bridge = links.find(self._route, name)
+        if bridge is not None and bridge.kind == "bridge":
+            return bridge
+        known = sorted(link.name for link in links.listing(self._route) if link.kind == "bridge")
+        hint = f"bridges of this host: {', '.join(known)}" if known else "this host has no bridge"
         if bridge is None:
-            raise NotFound(f"cannot attach {ct_id}: there is no bridge {name}")
-        if bridge.kind != "bridge":
-            raise Refused(f"cannot attach {ct_id}: {name} is not a bridge")
-        return bridge
+            raise NotFound(f"cannot attach {nic.name} of {owner}: there is no bridge {name}", hint)
+        raise Refused(f"cannot attach {nic.name} of {owner}: {name} is not a bridge", hint)
 
     def _replacing(self, host_name: str, create: Callable[[], None]) -> None:
         """Call `create`, having put aside what a former life of the container left under the name."""

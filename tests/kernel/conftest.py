@@ -1,4 +1,4 @@
-"""A host of which only the supervisor runs, for what needs jobs and nothing else."""
+"""Hosts of which only a part is there: the supervisor for what needs jobs, or a network namespace."""
 
 import os
 from collections.abc import Iterator
@@ -9,8 +9,10 @@ from sysctr.engine import removal
 from sysctr.engine.job import JobRunner
 from sysctr.engine.plan import Idmap
 from sysctr.engine.supervisor import SupervisorClient
+from sysctr.network.network import Network
 from sysctr.paths import Layout
 from tests import leaks
+from tests.netns import Host, hosted
 from tests.wait import wait_until
 
 # Far above every range that a tool registers.
@@ -36,3 +38,18 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobRunner]:
     yield JobRunner(supervisor, f"{where.run}/stage", JOB_IDMAP, b"")
     supervisor.quit()
     wait_until(lambda: not removal.service_pids(where), what="the end of the supervisor")
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """A host that has nothing but a network."""
+    with hosted() as host:
+        yield host
+
+
+@pytest.fixture
+def network(host: Host) -> Network:
+    """The network of that host, set up."""
+    network = host.network(subnet="10.9.8.0/24")
+    network.ensure()
+    return network

@@ -1,29 +1,15 @@
 """Rules of the host and containers: forwarding, Docker's filter, the filters of admins."""
 
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
 from sysctr.network import nat
 from sysctr.network.network import Network
-from tests.netns import OUTSIDE, Host, attach, ensure_is_cheap, hosted, received, run
+from tests.netns import OUTSIDE, Host, attach, ensure_is_cheap, received, run
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("veth", "nft", "ip", "dnsmasq")]
-
-
-@pytest.fixture
-def host() -> Iterator[Host]:
-    with hosted() as host:
-        yield host
-
-
-@pytest.fixture
-def network(host: Host) -> Network:
-    network = host.network(subnet="10.9.8.0/24")
-    network.ensure()
-    return network
 
 
 def docker_filter(*, user_chain: bool) -> None:

@@ -9,7 +9,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,23 +19,10 @@ from sysctr.linux.process import CLONE_NEWNET, setns
 from sysctr.network import names, nat
 from sysctr.network.network import Network, Traffic
 from sysctr.network.rtnl import Route
-from tests.netns import OUTSIDE, TIMEOUT_S, Host, attach, ensure_is_cheap, hosted, link_names, nic, run
+from tests.netns import OUTSIDE, TIMEOUT_S, Host, attach, ensure_is_cheap, link_names, nic, run
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("veth", "nft", "ip", "dnsmasq")]
-
-
-@pytest.fixture
-def host() -> Iterator[Host]:
-    with hosted() as host:
-        yield host
-
-
-@pytest.fixture
-def network(host: Host) -> Network:
-    network = host.network(subnet="10.9.8.0/24")
-    network.ensure()
-    return network
 
 
 def ask(sock: socket.socket, server: str, name: str) -> list[str]:
@@ -413,6 +400,23 @@ def test_the_next_daemon_knows_and_sweeps_the_links(host: Host, network: Network
     second.detach(102)
     second.settle()
     assert not link_names() & {host.layout.veth(101, 0), host.layout.veth(102, 0)}
+
+
+def test_a_container_is_not_enrolled_for_a_bridge_that_is_not_there(host: Host, network: Network) -> None:
+    run("ip", "link", "add", "vmbr0", "type", "bridge")
+    with pytest.raises(NotFound, match="cannot attach eth0 of demo: there is no bridge nope") as caught:
+        network.enroll(101, "demo", [nic(bridge="nope", ip="192.0.2.5/24")])
+    assert caught.value.hint == f"bridges of this host: {', '.join(sorted([network.bridge, 'vmbr0']))}"
+    with pytest.raises(Refused, match="cannot attach eth1 of demo: lo is not a bridge"):
+        network.enroll(101, "demo", [nic(), nic(1, bridge="lo", ip="manual")])
+    with pytest.raises(Refused, match="addresses on vmbr0 are not managed here"):
+        network.enroll(101, "demo", [nic(bridge="vmbr0")])
+    assert network.all_addresses() == {}
+    assert network.enroll(101, "demo", [nic(bridge="vmbr0", ip="192.0.2.5/24")]) == {}
+    # Gone since: the start says so.
+    run("ip", "link", "delete", "vmbr0")
+    with pytest.raises(NotFound, match="cannot attach eth0 of 101: there is no bridge vmbr0"):
+        attach(network, host.guest(), 101, bridge="vmbr0", ip="192.0.2.5/24")
 
 
 def test_an_attach_that_fails_leaves_nothing(host: Host, network: Network) -> None:
