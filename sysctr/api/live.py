@@ -1,6 +1,7 @@
 """The routes that wait or stream: events, long polls, logs that are followed, and the daemon itself."""
 
 import asyncio
+import functools
 import json
 import os
 import threading
@@ -97,17 +98,20 @@ async def task_cancel(api: "Api", request: web.BaseRequest, call: "Call") -> dic
 
 
 async def container_wait(api: "Api", request: web.BaseRequest, call: "Call") -> dict[str, Any]:
-    """Answer with the container when it has reached the state, or as it is after the time-out.
+    """Answer with the container when it has reached the state or ends, or as it is after the time-out.
 
     The engine waits in a thread of a pool of its own, a slice at a time: so more clients than threads take
     turns, and a client who hangs up costs a thread for one slice at most.
     """
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + call.query.get("timeout", LONG_POLL_S)
+    ran = False
     while True:
         slice_s = max(0.0, min(WAIT_SLICE_S, deadline_s - loop.time()))
-        answer = await api.run_waiting(api.engine.wait, call.ref, call.query["state"], slice_s)
-        if answer["reached"] or api.stopping or loop.time() >= deadline_s:
+        wait = functools.partial(api.engine.wait, call.ref, call.query["state"], slice_s, ran=ran)
+        answer = await api.run_waiting(wait)
+        ran = answer["container"]["pid"] is not None
+        if answer["reached"] or answer["ended"] or api.stopping or loop.time() >= deadline_s:
             return answer
 
 

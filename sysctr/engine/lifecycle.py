@@ -33,13 +33,10 @@ _REBOOTS_WINDOW_S = 10.0
 
 SYSTEMD_HALT = signal.SIGRTMIN + 3
 
-# Tasks in which a container ends because somebody outside wants that: a reboot asked for inside is void.
-_ENDING_TASKS = frozenset({"stop", "shutdown", "reboot", "destroy"})
-
 # For how long a start watches an init that shows no sign of having taken up its work.
 _FIRST_LOOK_S = 0.05
-# What an init listens to: HUP, USR1, USR2, TERM, PWR and systemd's RTMIN+3, and PIPE, which it ignores. A shell
-# that only runs a script catches CHLD and INT.
+# What an init listens to: HUP, USR1, USR2, TERM, PWR and systemd's RTMIN+3, and PIPE, which it ignores. A
+# shell that only runs a script catches CHLD and INT.
 _SIGNS = sum(1 << (number - 1) for number in (1, 10, 12, 13, 15, 30, SYSTEMD_HALT))
 _END_WORDS = {
     "exited": "exited with status {}", "killed": "was killed by signal {}", "halt": "asked for a halt",
@@ -55,6 +52,8 @@ class Lifecycle:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._reboots: dict[int, list[float]] = {}
+        # Those that somebody outside wants to end: a reboot that is asked for inside is void then.
+        self._ending: set[int] = set()
 
     def start(self, task: Task, container_id: int) -> None:
         """Start a stopped container; returns when its init was executed."""
@@ -152,12 +151,14 @@ class Lifecycle:
         live = self._running(container_id, "shut down")
         timeout_s = SHUTDOWN_TIMEOUT_S if timeout_s is None else timeout_s
         self._thaw_if_frozen(live)
-        if not self._ask_to_end(task, live, timeout_s):
-            raise WrongState(
-                f"cannot shut down {container_id}: it did not end within {timeout_s:g} s and runs on",
-                f"`sysctr stop {container_id}` ends it, `sysctr console {container_id}` shows why it waits",
-            )
-        self._wait_put_away(container_id)
+        with self._wanted_to_end(container_id):
+            if not self._ask_to_end(task, live, timeout_s):
+                raise WrongState(
+                    f"cannot shut down {container_id}: it did not end within {timeout_s:g} s and runs on",
+                    f"`sysctr stop {container_id}` ends it, `sysctr console {container_id}` shows why it "
+                    "waits",
+                )
+            self._wait_put_away(container_id)
 
     def stop(
         self, task: Task, container_id: int, timeout_s: float | None = None, *, kill: bool = False
@@ -165,14 +166,15 @@ class Lifecycle:
         """Ask init to end, and kill everything at the time-out; with `kill` at once."""
         live = self._running(container_id, "stop")
         timeout_s = STOP_TIMEOUT_S if timeout_s is None else timeout_s
-        if not kill:
-            self._thaw_if_frozen(live)
-            if not self._ask_to_end(task, live, timeout_s):
-                task.log(f"init did not end within {timeout_s:g} s: killing it")
-                kill = True
-        if kill:
-            self._kill(live)
-        self._wait_put_away(container_id)
+        with self._wanted_to_end(container_id):
+            if not kill:
+                self._thaw_if_frozen(live)
+                if not self._ask_to_end(task, live, timeout_s):
+                    task.log(f"init did not end within {timeout_s:g} s: killing it")
+                    kill = True
+            if kill:
+                self._kill(live)
+            self._wait_put_away(container_id)
 
     def reboot(self, task: Task, container_id: int, timeout_s: float | None = None) -> None:
         """Stop the container cleanly (killing it at the time-out) and start it again."""
@@ -200,8 +202,6 @@ class Lifecycle:
     def on_exit(self, live: Live) -> None:
         """Put away what a container's end leaves, and start it again if it asked to be rebooted."""
         host = self._host
-        # Asked before anything is put away: what that ends is not the task that had the container.
-        holder = host.tasks.current(live.id)
         reason = exit_reason(live.exit_status if live.exit_status is not None else UNKNOWN_STATUS)
         log.info("%d: init ended: %s %s", live.id, reason["reason"], reason["status"] or "")
         self.quietly(host.cgroups.destroy, live.id)
@@ -210,7 +210,7 @@ class Lifecycle:
         with self._noting(live.id):
             host.store.update(live.id, exit={**reason, "ended": int(time.time())})
         host.bus.publish("container", id=live.id, change="stopped", **reason)
-        again = reason["reason"] == "reboot" and (holder is None or holder.kind not in _ENDING_TASKS)
+        again = reason["reason"] == "reboot" and live.id not in self._ending
         if again and self._reboots_too_fast(live.id):
             log.error("%d: it rebooted %d times in %g s: left stopped", live.id, _REBOOTS, _REBOOTS_WINDOW_S)
             again = False
@@ -316,6 +316,15 @@ class Lifecycle:
                 f"cannot stop {live.id}: a killed process did not end within {_KILL_TIMEOUT_S:g} s",
                 "a file system it uses does not answer; `sysctr info` shows its processes",
             )
+
+    @contextlib.contextmanager
+    def _wanted_to_end(self, container_id: int) -> Iterator[None]:
+        # Only the task that holds the container comes here.
+        self._ending.add(container_id)
+        try:
+            yield
+        finally:
+            self._ending.discard(container_id)
 
     def _wait_put_away(self, container_id: int) -> None:
         if not self._host.live.wait_settled(container_id, _SETTLE_TIMEOUT_S):

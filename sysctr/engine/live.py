@@ -26,12 +26,17 @@ class Live:
 
     id: int
     pid: int
+    start_time: int  # of pid, in clock ticks since boot: a number may come again, both together do not
     running: bool
     ready: bool
     started: float
     exit_status: int | None
     frozen: bool = False
     settled: bool = False  # after its end: links, cgroups and addresses are put away
+
+    def is_run(self, pid: int, start_time: int) -> bool:
+        """Tell whether this is the run of that init. (Of this boot, as the daemon itself is.)"""
+        return (self.pid, self.start_time) == (pid, start_time)
 
 
 def exit_reason(status: int) -> dict:
@@ -101,13 +106,13 @@ class LiveTable:
         """Return every container that is known here."""
         return list(self._live)
 
-    def note_started(self, container_id: int, pid: int) -> None:
+    def note_started(self, container_id: int, pid: int, start_time: int) -> None:
         """Note a start that the caller itself carried out, without waiting for the event."""
         with self._changed:
             known = self._live.get(container_id)
             # The event, or even the end, may have come first.
-            if known is None or known.pid != pid:
-                self._live[container_id] = Live(container_id, pid, True, False, time.time(), None)
+            if known is None or not known.is_run(pid, start_time):
+                self._live[container_id] = _begun(container_id, pid, start_time)
             self._changed.notify_all()
 
     def note_frozen(self, container_id: int, *, frozen: bool) -> None:
@@ -135,13 +140,14 @@ class LiveTable:
 
     def _adopt(self, known: Supervised, *, frozen: bool = False) -> None:
         live = Live(
-            known.id, known.pid, known.running, known.ready, known.started, known.exit_status, frozen
-        )
+            known.id, known.pid, known.start_time, known.running, known.ready, known.started,
+            known.exit_status, frozen,
+        )  # fmt: skip
         with self._changed:
             before = self._live.get(known.id)
-            if before is not None and before.pid == known.pid and not before.running:
-                return  # its end is known already
-            if before is not None and before.pid == known.pid:
+            if before is not None and before.is_run(known.pid, known.start_time):
+                if not before.running:
+                    return  # its end is known already
                 live = replace(live, frozen=before.frozen)
             self._live[known.id] = live
             self._changed.notify_all()
@@ -161,8 +167,9 @@ class LiveTable:
                 log.exception("%d: cannot put away what its end left", live.id)
             with self._changed:
                 self._settling.discard(live.id)
-                if live.id in self._live and self._live[live.id].pid == live.pid:
-                    self._live[live.id] = replace(self._live[live.id], settled=True)
+                known = self._live.get(live.id)
+                if known is not None and known.is_run(live.pid, live.start_time):
+                    self._live[live.id] = replace(known, settled=True)
                 self._changed.notify_all()
 
         threading.Thread(target=settle, name=f"exit-{live.id}", daemon=True).start()
@@ -172,8 +179,12 @@ class LiveTable:
         ended = None
         with self._changed:
             before = self._live.get(container_id)
-            if event["event"] == "started" and (before is None or before.pid != event["pid"]):
-                self._live[container_id] = Live(container_id, event["pid"], True, False, time.time(), None)
+            if event["event"] == "started":
+                # A supervisor that was not upgraded yet does not tell the start time.
+                known_start = before.start_time if before is not None else 0
+                run = event["pid"], event.get("start_time", known_start)
+                if before is None or not before.is_run(*run):
+                    self._live[container_id] = _begun(container_id, *run)
             elif event["event"] == "ready" and before is not None:
                 self._live[container_id] = replace(before, ready=True)
             elif event["event"] == "exited" and before is not None and before.running:
@@ -220,3 +231,7 @@ class LiveTable:
                 log.error("cannot reach the supervisor: %s", error)
                 if poll.poll(500):
                     return None
+
+
+def _begun(container_id: int, pid: int, start_time: int) -> Live:
+    return Live(container_id, pid, start_time, True, False, time.time(), None)

@@ -68,9 +68,10 @@ class Starting:
     Closing it without `start` ends the child; nothing of it stays.
     """
 
-    def __init__(self, connection: socket.socket, pid: int, fds: "list[int]") -> None:
+    def __init__(self, connection: socket.socket, pid: int, start_time: int, fds: "list[int]") -> None:
         self._connection = connection
         self.pid = pid
+        self.start_time = start_time
         self.pidfd, self.netns, self.netlink = (Fd(fd) for fd in fds)
 
     def start(self) -> None:
@@ -140,7 +141,8 @@ class SupervisorClient:
             wire.close_all(fds)
             connection.close()
             raise errors.from_dict(answer.get("error", {"message": "the supervisor gave no descriptors"}))
-        return Starting(connection, answer["created"]["pid"], fds)
+        created = answer["created"]
+        return Starting(connection, created["pid"], created["start_time"], fds)
 
     def signal(self, container_id: int, signal_number: int) -> None:
         """Send a signal to a container's init."""

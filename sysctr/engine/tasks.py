@@ -40,7 +40,7 @@ class Task:
     """
 
     __slots__ = (
-        "_callbacks", "_changed", "_lock", "_log", "_on_cancel", "_published_s", "cancelling", "container",
+        "_callbacks", "_changed", "_lock", "_log", "_published_s", "cancelling", "container",
         "created", "ended", "error", "id", "kind", "progress_bytes", "result", "started", "state",
         "step_text", "subject", "total_bytes",
     )  # fmt: skip
@@ -69,7 +69,6 @@ class Task:
         self.cancelling = False
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
-        self._on_cancel: list[Callable[[], None]] = []
         self._changed = changed
         self._published_s = 0.0
         self._log: TaskLog | None = TaskLog(f"{directory}/{self.id}.log")
@@ -123,24 +122,7 @@ class Task:
             if self.cancelling or self.state in ENDED:
                 return
             self.cancelling = True
-            callbacks, self._on_cancel = self._on_cancel, []
-        for callback in callbacks:
-            callback()
         self._changed(self)
-
-    @contextlib.contextmanager
-    def on_cancel(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Have `callback` called, in another thread, if the task is cancelled inside the `with`."""
-        self.check()
-        with self._lock:
-            self._on_cancel.append(callback)
-        try:
-            # A cancel() between the check and the append has not seen the callback.
-            self.check()
-            yield
-        finally:
-            with self._lock, contextlib.suppress(ValueError):
-                self._on_cancel.remove(callback)
 
     def on_end(self, callback: Callable[[], None]) -> None:
         """Have `callback` called once when the task ends, in its thread; at once if it has ended.
@@ -276,6 +258,11 @@ class TaskRunner:
             with self._free:
                 del self._holders[container_id]
                 self._free.notify_all()
+
+    def wait_free(self, container_id: int) -> None:
+        """Wait in this thread until nothing holds the container; another may take it before the caller."""
+        with self._free:
+            self._free.wait_for(lambda: container_id not in self._holders)
 
     def current(self, container_id: int) -> Task | None:
         """Return the task that holds the container."""

@@ -165,6 +165,20 @@ def start_time(pid: int) -> int:
         return int(stat.read().rpartition(b")")[2].split()[19])
 
 
+def zombie_status(pid: int, begun: int) -> int | None:
+    """Return the wait status of a process that ended, whoever its parent is, until that has reaped it.
+
+    None for one that runs, is gone, or is another than the one that started at `begun`. Field 52 of
+    proc_pid_stat(5), which root may read; of a pid namespace's init it tells halt and reboot like wait does.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[49]) if fields[0] == b"Z" and int(fields[19]) == begun else None
+
+
 def boot_id() -> str:
     """Return the id of the running boot of this machine."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

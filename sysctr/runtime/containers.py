@@ -140,6 +140,12 @@ class Container:
             return
         except ChildProcessError:
             pass
+        # With the keeper dead too, its parent is whoever the kernel chose. As long as that one has not reaped
+        # it, the dead process itself tells how it ended.
+        status = process.zombie_status(self.pid, self.start_time)
+        if status is not None:
+            self.on_exit(status)
+            return
         self._supervisor.loop.forget(self.pidfd)
         grace_s = _KEEPER_GRACE_S if self._supervisor.keeper is not None else 0.0
         self._supervisor.loop.after(grace_s, lambda: self.on_exit(UNKNOWN_STATUS))
@@ -233,7 +239,9 @@ class Creation:
         supervisor = self._supervisor
         supervisor.containers[self._id] = self._container
         supervisor.creations.pop(self._id, None)
-        supervisor.publish({"event": "started", "id": self._id, "pid": self._child.pid})
+        supervisor.publish(
+            {"event": "started", "id": self._id, "pid": self._child.pid, "start_time": self._start_time}
+        )
         self._send({"started": self._container.state()})
         self._finish()
 

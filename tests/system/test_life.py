@@ -4,6 +4,7 @@ import json
 import os
 import select
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -86,19 +87,69 @@ def test_reboot_inside_restarts_it_with_the_same_identity_and_a_fresh_boot_id(sh
     assert mac in inside(shared_host, name, "cat /sys/class/net/eth0/address")
 
 
-def test_an_init_that_dies_at_once_is_reported_with_status_and_console(shared_host: Node) -> None:
+# What an init does, what its end is recorded as, and what the failed start says of it.
+_EARLY_ENDS = {
+    "exits": ("echo one >&2; echo last words >&2; exit 7", ("exited", 7),
+              "exited with status 7 as soon as it ran, and said: one / last words"),
+    "has worked for a moment": ("sleep 0.02; exit 1", ("exited", 1), "exited with status 1"),
+    "has nothing to do": ("exit 0", ("exited", 0), "exited with status 0 as soon as it ran, and said noth"),
+    "halts": ("exec halt -f", ("halt", 2), "asked for a halt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", _EARLY_ENDS)
+def test_an_init_that_dies_at_once_is_reported_with_status_and_console(shared_host: Node, case: str) -> None:
+    does, end, words = _EARLY_ENDS[case]
     name = create(shared_host, "--set", "init=/sbin/failing", start=False)
-    script = b"#!/bin/sh\necho last words >&2\nexit 7\n"
+    script = f"#!/bin/sh\n{does}\n".encode()
     shared_host.run("push", "--mode", "0755", "-", f"{name}:/sbin/failing", stdin=script)
-    shared_host.run("start", name, check=False)
-    exit_ = end_of(shared_host, name)
-    assert (exit_["reason"], exit_["status"]) == ("exited", 7)
-    assert shared_host.run("logs", name).out.replace("\r", "") == "last words\n"
     number = shared_host.json("info", name)["id"]
-    wait_until(lambda: nothing_left_on_the_host(shared_host, number), what="the host is clean")
+    failed = refused(shared_host, 1, f"cannot start {number}: its init {words}", "start", name)
+    assert f"`sysctr logs {number}`" in failed.err
+    assert nothing_left_on_the_host(shared_host, number)
+    info = shared_host.json("info", name)
+    assert (info["state"], info["exit"]["reason"], info["exit"]["status"]) == ("stopped", *end)
+    if case == "exits":
+        assert shared_host.run("logs", name).out.replace("\r", "") == "one\nlast words\n"
     shared_host.run("set", name, "--unset", "init")
     shared_host.run("start", name)
     assert shared_host.json("info", name)["exit"] is None
+
+
+def test_a_create_whose_init_dies_at_once_keeps_the_container_and_says_so(shared_host: Node) -> None:
+    name = new_name()
+    settings = ["--template", "tiny", "--set", "init=/bin/false"]
+    failed = shared_host.run("create", name, *settings, "--start", check=False)
+    assert failed.status == 1, failed
+    assert "its init exited with status 1" in failed.err, failed
+    assert "was created and is kept" in failed.err, failed
+    assert shared_host.state(name) == "stopped"
+
+
+def test_an_init_that_listens_to_no_signal_starts_all_the_same(shared_host: Node) -> None:
+    name = create(shared_host, "--set", "init=/sbin/plain", start=False)
+    script = b"#!/bin/sh\nexec sleep 1000\n"
+    shared_host.run("push", "--mode", "0755", "-", f"{name}:/sbin/plain", stdin=script)
+    shared_host.run("start", name)
+    assert shared_host.state(name) == "running"
+    shared_host.run("stop", "--kill", name)
+
+
+def test_who_waits_for_a_boot_is_told_at_once_of_the_end(host: Node) -> None:
+    name = create(host)
+
+    def threads() -> int:
+        return len(os.listdir(f"/proc/{host.pids()['daemon']}/task"))
+
+    with ThreadPoolExecutor(1) as pool:
+        before = threads()
+        # "frozen" is never reached here, as "booted" is not by an init that ends before it is ready.
+        waiting = pool.submit(host.api, "GET", f"/1/containers/{name}/wait?state=frozen&timeout=120")
+        wait_until(lambda: threads() > before, what="a thread of the daemon that waits")
+        shell(host, name, "poweroff -f", check=False)
+        status, answer = waiting.result(30)
+    assert (status, answer["reached"], answer["container"]["state"]) == (200, False, "stopped")
+    assert answer["container"]["exit"]["reason"] == "halt"
 
 
 def test_an_init_that_is_no_program_is_an_error_that_names_it(shared_host: Node) -> None:
@@ -107,9 +158,16 @@ def test_an_init_that_is_no_program_is_an_error_that_names_it(shared_host: Node)
     assert shared_host.state(name) == "stopped"
     number = shared_host.json("info", name)["id"]
     wait_until(lambda: nothing_left_on_the_host(shared_host, number), what="the host is clean")
-    shared_host.run("set", name, "init=/no/such/init")
-    done = refused(shared_host, 1, "cannot start", "start", name)
-    assert "no such file" in done.err, done
+    # Of another architecture: the header of a program for s390, and no more.
+    foreign = bytes.fromhex("7f454c4602020100" + "00" * 8 + "00020016") + bytes(200)
+    shared_host.run("push", "--mode", "0755", "-", f"{name}:/sbin/other", stdin=foreign)
+    shared_host.run("push", "--mode", "0755", "-", f"{name}:/sbin/script", stdin=b"#!/no/such/shell\n")
+    for init, words in {
+        "/no/such/init": "no such file", "/sbin/other": "exec format error", "/sbin/script": "no such file",
+    }.items():  # fmt: skip
+        shared_host.run("set", name, f"init={init}")
+        done = refused(shared_host, 1, "cannot start", "start", name)
+        assert words in done.err, done
 
 
 def test_a_shutdown_that_is_not_obeyed_leaves_it_running(shared_host: Node) -> None:

@@ -60,10 +60,10 @@ class Engine:
             return {"x": object()}
         raise ZeroDivisionError("a secret of the daemon")
 
-    def wait(self, ref: str, state: str, timeout_s: float) -> dict:
+    def wait(self, ref: str, state: str, timeout_s: float, *, ran: bool = False) -> dict:
         with self.changed:
             reached = self.changed.wait_for(lambda: self.states.get(ref) == state, timeout_s)
-        return {"reached": reached, "container": self.info(ref)}
+        return {"reached": reached, "ended": False, "container": self.info(ref)}
 
     def become(self, ref: str, state: str) -> None:
         with self.changed:

@@ -177,22 +177,6 @@ def test_a_cancelled_task_stops_at_its_next_check(runner: TaskRunner) -> None:
     assert (task.state, task.error["code"]) == ("cancelled", "cancelled")
 
 
-def test_cancelling_ends_what_the_task_waits_for(runner: TaskRunner) -> None:
-    waiting, killed = threading.Event(), threading.Event()
-
-    def build(task: Task) -> None:
-        with task.on_cancel(killed.set):
-            waiting.set()
-            killed.wait(10)
-            raise SysctrError("cannot build: mmdebstrap was killed")
-
-    task = runner.submit("build", None, build)
-    waiting.wait(10)
-    task.cancel()
-    assert task.wait(10)
-    assert task.state == "cancelled"
-
-
 def test_a_task_that_is_past_its_last_check_is_done_although_cancelled(runner: TaskRunner) -> None:
     cancelled = threading.Event()
     task = runner.submit("start", 101, lambda task: cancelled.wait(10))
