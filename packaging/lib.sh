@@ -22,9 +22,10 @@ else
 fi
 COMPLETION=/usr/share/bash-completion/completions/sysctr
 UNITS=/etc/systemd/system
+SYSCTL=/etc/sysctl.d/90-sysctr.conf
 # Kept by an uninstall without --purge, so that a later one still knows what was brought.
 CHANGES=$LIB/changes
-export PREFIX ETC LIB RUN LOG LAUNCHER COMPLETION UNITS CHANGES
+export PREFIX ETC LIB RUN LOG LAUNCHER COMPLETION UNITS SYSCTL CHANGES
 
 say() { printf '%s\n' "$*"; }
 warn() { printf '%s\n' "$*" >&2; }
