@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _EXIT_CODES = (
     ("0-255", "that of the program; 1 to 6 also as below"),
-    (125, "the program could not be started: no such user, say"),
+    (125, "the program could not be started: no such user or directory, say"),
     (126, "the program cannot be executed"),
     (127, "no such program"),
     ("128+N", "the program was killed by signal N"),

@@ -249,9 +249,11 @@ def _exec(executable: str, argv: "list[str]", environment: "dict[str, str]") -> 
 def _change_directory(directory: str, *, required: bool) -> None:
     try:
         os.chdir(directory)
-    except OSError:
+    except OSError as error:
         if required:
-            raise
+            # Without its number, which would say of the program that it is missing.
+            reason = _reason(OSError(error.errno, error.strerror))
+            raise LookupError(f"working directory {directory}: {reason}") from error
         os.chdir("/")
 
 

@@ -88,9 +88,10 @@ def test_user_directory_and_environment_are_chosen_by_options(shared_host: Node,
     by_number = shared_host.run("exec", "--user", "12345", tiny, "--", "id", "-u")
     assert by_number.out == "12345\n"
     refused(shared_host, 125, "nobody-here", "exec", "--user", "nobody-here", tiny, "--", "id")
-    no_directory = shared_host.run("exec", "--cwd", "/no/such", tiny, "--", "id", check=False)
-    assert no_directory.status != 0
-    assert no_directory.err == "sysctr: cannot execute id: no such file or directory: /no/such\n"
+    # 126 and 127 speak of the program, which is there.
+    for directory, reason in (("/no/such", "no such file or directory"), ("/etc/passwd", "not a directory")):
+        done = refused(shared_host, 125, directory, "exec", "--cwd", directory, tiny, "--", "id")
+        assert done.err == f"sysctr: cannot execute id: working directory {directory}: {reason}\n"
 
 
 def test_a_program_may_open_its_output_by_name_whoever_runs_it(shared_host: Node, tiny: str) -> None:
