@@ -92,7 +92,8 @@ def _push_arguments(parser: "argparse.ArgumentParser") -> None:
         "paths",
         metavar="PATH",
         nargs="+",
-        help="files and trees, - for stdin; last CT:PATH, a directory or a new name",
+        help="files and trees, - for stdin; last CT:PATH, a directory or a new name; without a / in front "
+        "it is below /root",
     )
     words(action, "files")
     _owner_options(parser, "inside")
@@ -197,7 +198,10 @@ def _conclude(ticket: Ticket, what: str) -> None:
 def _pull_arguments(parser: "argparse.ArgumentParser") -> None:
     parser.usage = "sysctr pull [options] CT:PATH… DST\n       sysctr pull [options] CT PATH DST"
     action = parser.add_argument(
-        "paths", metavar="PATH", nargs="+", help="CT:PATH…, and last a directory, a new name, or - for stdout"
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="CT:PATH… (without a / in front: in /root), and last a directory, a new name, or - for stdout",
     )
     words(action, "files")
     _owner_options(parser, "here")

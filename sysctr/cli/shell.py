@@ -1,5 +1,6 @@
 """Being inside: exec, enter and console, through a ticket of the supervisor."""
 
+import contextlib
 import os
 import sys
 
@@ -236,6 +237,8 @@ class Escape:
         self._key = key
         self._seen = False
         self.detached = False
+        # The input came to its end, which detaches without a key.
+        self.ended = False
 
     def __call__(self, typed: bytes) -> bytes:
         if self._key is None:
@@ -270,8 +273,12 @@ def _console(arguments: "argparse.Namespace", client: "Client") -> None:
 
 
 def attach(ticket: Ticket, container: str, escape: Escape, stdin_fd: int = 0, stdout_fd: int = 1) -> None:
-    """Connect the terminal with a console until the user detaches or the container ends."""
+    """Connect the terminal with a console until the user detaches or the container ends.
+
+    An end of input (stdin is a file or /dev/null) detaches too, when all that the console kept is shown.
+    """
     import signal
+    import socket
 
     name = ticket.names[0] if ticket.names else "console"
     console_fd = ticket.take(name)
@@ -298,6 +305,12 @@ def attach(ticket: Ticket, container: str, escape: Escape, stdin_fd: int = 0, st
         return True
 
     def finished() -> bool:
+        if inward.done and not inward.dead and not escape.ended:
+            escape.ended = True
+            # The supervisor closes its half when it has read ours to the end; what it sent until then comes.
+            console = socket.socket(fileno=os.dup(console_fd))
+            with contextlib.suppress(OSError), console:
+                console.shutdown(socket.SHUT_WR)
         return escape.detached or outward.done
 
     with Signals([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH]) as signals:
@@ -310,7 +323,8 @@ def attach(ticket: Ticket, container: str, escape: Escape, stdin_fd: int = 0, st
             pump(ticket, (outward, inward), on_message, **options)
     os.close(console_fd)
     sys.stderr.write("\n")
-    notice(f"detached from {container}" if escape.detached else f"the console of {container} was closed")
+    left = escape.detached or escape.ended
+    notice(f"detached from {container}" if left else f"the console of {container} was closed")
 
 
 COMMANDS = {

@@ -28,6 +28,17 @@ def test_what_was_printed_before_is_shown_and_typing_works(shared_host: Node) ->
         again.expect("mark-42")
 
 
+def test_a_script_without_input_sees_what_was_said_and_is_let_go(shared_host: Node) -> None:
+    name = create(shared_host)
+    shell(shared_host, name, "seq 1 20000 > /dev/console; echo the end > /dev/console")
+    wait_until(lambda: "the end" in shared_host.run("logs", name).out, what="the console kept it")
+    done = shared_host.run("console", name, timeout_s=20)
+    assert "\r\n20000\r\nthe end" in done.out
+    assert f"detached from {name}" in done.err
+    shared_host.run("console", name, stdin=b"echo typed-$((1 + 1))\r", timeout_s=20)
+    wait_until(lambda: "typed-2" in shared_host.run("logs", name).out, what="what was typed arrived")
+
+
 def test_the_detach_key_can_be_another_and_typed_twice_it_is_sent(shared_host: Node) -> None:
     name = create(shared_host)
     with Terminal(shared_host, "console", "--escape", "^b", name) as one:

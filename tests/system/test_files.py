@@ -101,6 +101,17 @@ def test_the_order_of_pct_is_understood(shared_host: Node, container: str, tmp_p
     assert (tmp_path / "back").read_text() == "as pct\n"
 
 
+def test_a_relative_path_is_below_the_home_of_root(shared_host: Node, container: str, tmp_path: Path) -> None:
+    (tmp_path / "page").write_text("as scp\n")
+    shared_host.run("push", str(tmp_path / "page"), f"{container}:notes")
+    shared_host.run("push", str(tmp_path / "page"), f"{container}:")
+    shared_host.run("push", container, str(tmp_path / "page"), "as-pct")
+    assert look(shared_host, container, "cd /root; cat notes page as-pct") == "as scp\n" * 2 + "as scp"
+    shared_host.run("pull", f"{container}:notes", str(tmp_path / "back"))
+    assert (tmp_path / "back").read_text() == "as scp\n"
+    refused(shared_host, 3, "/root/nothing", "pull", f"{container}:nothing", str(tmp_path))
+
+
 def test_standard_input_and_output_are_dashes(shared_host: Node, container: str) -> None:
     shared_host.run("push", "-", f"{container}:/srv/piped", stdin=_CONTENT)
     assert shared_host.run("pull", f"{container}:/srv/piped", "-").stdout == _CONTENT

@@ -389,6 +389,18 @@ def test_the_console_ends_with_the_container(stub, serve):
     assert terminal.end() == 0
 
 
+@pytest.mark.parametrize("typed", [b"", b"some input"])
+def test_the_console_detaches_at_the_end_of_its_input(stub, serve, typed):
+    received = []
+    ring = bytes(range(32, 127)) * 2500
+    serve(console(received, ring))
+    done = sysctr(stub, "console", "demo", input=typed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ring + typed, "all that the console kept is shown first"
+    assert b"detached from demo" in done.stderr
+    assert b"".join(received) == typed
+
+
 @pytest.mark.parametrize("pieces", [(b"\x01q",), (b"\x01", b"q"), (b"ab\x01", b"qcd")])
 def test_the_escape_key_works_across_reads(pieces):
     escape = shell.Escape(1)
