@@ -200,8 +200,16 @@ class SupervisorClient:
         return connection
 
     def upgrade(self) -> None:
-        """Let the supervisor execute the code that is on disk now."""
-        self._ask({"op": "upgrade"})
+        """Let the supervisor execute the code that is on disk now, as soon as nothing is being started."""
+        deadline = time.monotonic() + _ANSWER_S
+        while True:
+            try:
+                self._ask({"op": "upgrade"})
+                return
+            except errors.Busy:
+                if time.monotonic() > deadline:
+                    raise
+            select.poll().poll(10)
 
     def quit(self) -> None:
         """End supervisor and keeper; refused while a container runs."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import struct
@@ -30,6 +31,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 SECCOMP_MODE_FILTER = 2
 _KEYCTL_JOIN_SESSION_KEYRING = 1
+_PIDFD_SIGNAL_PROCESS_GROUP = 1 << 2
 
 _setns = bind("setns", ctypes.c_int, ctypes.c_int)
 _unshare = bind("unshare", ctypes.c_int)
@@ -78,10 +80,10 @@ def clone(flags: int, cgroup_fd: int = -1) -> tuple[int, int]:
     if pid == 0:
         api.PyOS_AfterFork_Child()
         return 0, -1
-    errno = ctypes.get_errno()
+    number = ctypes.get_errno()
     api.PyOS_AfterFork_Parent()
     if pid < 0:
-        raise syscall.KernelError(errno, "clone3")
+        raise syscall.KernelError(number, "clone3")
     return pid, pidfd.value
 
 
@@ -99,6 +101,23 @@ def pidfd_open(pid: int) -> int:
 def pidfd_send_signal(pidfd: int, signal_number: int) -> None:
     """Send a signal to exactly the process the pidfd stands for."""
     check(syscall.call(syscall.PIDFD_SEND_SIGNAL, pidfd, signal_number, None, 0), "pidfd_send_signal")
+
+
+def signal_group(leader_fd: int, leader: int, signal_number: int) -> None:
+    """Send a signal to every process of the group that a child of ours leads; OSError when it leads none.
+
+    The child may have ended, but must not be reaped: its number is nobody else's until then. All in its group
+    descend from it, because setpgid(2) does not join a group of another session.
+    """
+    try:
+        result = syscall.call(
+            syscall.PIDFD_SEND_SIGNAL, leader_fd, signal_number, None, _PIDFD_SIGNAL_PROCESS_GROUP
+        )
+        check(result, "pidfd_send_signal")
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the flag came with Linux 6.9
+            raise
+        os.killpg(leader, signal_number)
 
 
 def ended_status(pid: int) -> int | None:

@@ -10,9 +10,18 @@ def log(text: str, priority: int = 6) -> None:
     sys.stderr.flush()
 
 
-def supervisor_argv(keeper_fd: int) -> "list[str]":
-    """Return the command line of a supervisor; keeper_fd is its end of the link to the keeper, or -1."""
-    return [*_argv("sysctr.runtime.supervisor", ""), "--keeper-fd", str(keeper_fd)]
+def supervisor_argv(keeper_fd: int, state_fd: int = -1) -> "list[str]":
+    """Return the command line of a supervisor.
+
+    `keeper_fd` is its end of the link to the keeper, `state_fd` what an earlier image of it left; or -1.
+    """
+    descriptors = ["--keeper-fd", str(keeper_fd), "--state-fd", str(state_fd)]
+    return [*_argv("sysctr.runtime.supervisor", ""), *descriptors]
+
+
+def descriptor_argument(name: str) -> int:
+    """Return the descriptor that our command line gives under this name, -1 for none."""
+    return int(sys.argv[sys.argv.index(name) + 1]) if name in sys.argv else -1
 
 
 def keeper_argv() -> "list[str]":

@@ -31,7 +31,7 @@ class Child:
         loop: Loop,
         pid: int,
         pidfd: int,
-        sync: socket.socket,
+        sync: "socket.socket | None",
         on_message: "Callable[[str, dict, list[int]], None]",
         on_exec: Callable[[], None],
         on_exit: Callable[[int], None],
@@ -39,15 +39,16 @@ class Child:
         self._loop = loop
         self.pid = pid
         self.pidfd = pidfd
-        self._sync: socket.socket | None = sync
+        self._sync = sync
         self._on_message = on_message
         self._on_exec = on_exec
         self._on_exit = on_exit
         self.failed = False
         # Nothing that happens in a container may make this process wait: its root can freeze a child that is
         # about to enter it, as its cgroup is delegated.
-        sync.setblocking(False)
-        loop.watch(sync.fileno(), self._on_sync)
+        if sync is not None:
+            sync.setblocking(False)
+            loop.watch(sync.fileno(), self._on_sync)
         loop.watch(pidfd, self._on_pidfd)
 
     def proceed(self) -> None:
@@ -64,6 +65,18 @@ class Child:
             process.pidfd_send_signal(self.pidfd, signal_number)
         except OSError:
             pass
+
+    def kill_group(self, signal_number: int) -> None:
+        """Send a signal to the process group that the child leads, as a terminal would; or to it alone."""
+        try:
+            process.signal_group(self.pidfd, self.pid, signal_number)
+        except OSError:
+            self.kill(signal_number)  # it leads none (yet)
+
+    @property
+    def sync_fd(self) -> int:
+        """The socket on which it still talks to us, -1 when it has gone on to its program."""
+        return self._sync.fileno() if self._sync is not None else -1
 
     def watch_other(self, pid: int, pidfd: int) -> None:
         """Wait for another process instead: the one that was born inside the pid namespace."""

@@ -17,6 +17,8 @@ class Loop:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self.stopping = False
+        # Children that somebody has to reap, and that nothing else is known of: pidfds by pid.
+        self.strays: dict[int, int] = {}
 
     def watch(self, fd: int, handler: Callable[[int], None], *, write: bool = False) -> None:
         """Call handler(events) whenever fd is readable (and writable, where asked)."""

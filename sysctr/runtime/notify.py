@@ -98,6 +98,7 @@ def _receive_in_child(loop: Loop, fd: int, then: Callable[[], None] | None) -> N
 
 def reap_later(loop: Loop, pid: int, pidfd: int, then: Callable[[], None] | None = None) -> None:
     """Reap a child when it ends, without waiting for it; the pidfd becomes this function's."""
+    loop.strays[pid] = pidfd
 
     def on_end(_events: int) -> None:
         try:
@@ -105,6 +106,7 @@ def reap_later(loop: Loop, pid: int, pidfd: int, then: Callable[[], None] | None
         except ChildProcessError:
             ended = pid
         if ended:
+            del loop.strays[pid]
             loop.forget(pidfd)
             os.close(pidfd)
             if then is not None:

@@ -44,6 +44,38 @@ class Session:
         # The stopped container whose upper this job has mounted.
         self.volume_of: int | None = None
 
+    @classmethod
+    def resume(cls, loop: Loop, state: dict, on_end: "Callable[[Session], None]") -> "Session":
+        """Go on with a session of the image of this process that executed us."""
+        connection = socket.socket(fileno=state["connection"])
+        connection.setblocking(False)
+        session = cls(loop, connection, on_end)
+        session._client_fds = state["clients"]
+        session._terminal_fd = state["terminal"]
+        session._failure = state["failure"]
+        session._hangup_signal = state["hangup"]
+        session._handed_over = state["handed_over"]
+        session.volume_of = state["volume_of"]
+        sync = socket.socket(fileno=state["sync"]) if state["sync"] >= 0 else None
+        session._adopt((state["pid"], state["pidfd"], sync))
+        session._child.failed = state["failure"] is not None
+        return session
+
+    def state(self) -> dict:
+        """Return what `resume` needs; the descriptors in it are those of `fds`."""
+        return {
+            "connection": self._connection.fileno(), "clients": self._client_fds,
+            "terminal": self._terminal_fd, "failure": self._failure, "hangup": self._hangup_signal,
+            "handed_over": self._handed_over, "volume_of": self.volume_of, "pid": self._child.pid,
+            "pidfd": self._child.pidfd, "sync": self._child.sync_fd,
+        }  # fmt: skip
+
+    @staticmethod
+    def fds(state: dict) -> "list[int]":
+        """Return the descriptors of a session's state."""
+        held = [state["connection"], state["terminal"], state["pidfd"], state["sync"]]
+        return [fd for fd in (*held, *state["clients"].values()) if fd >= 0]
+
     def join(self, pidfd: int, request: dict) -> None:
         """Run the request's program inside the container of `pidfd`."""
         ours = self._make_pipes(request)
@@ -64,7 +96,7 @@ class Session:
         finally:
             wire.close_all(stdio)
 
-    def _adopt(self, born: "tuple[int, int, socket.socket]") -> None:
+    def _adopt(self, born: "tuple[int, int, socket.socket | None]") -> None:
         self._child = Child(self._loop, *born, self._on_message, self._on_exec, self._on_exit)
         self._loop.watch(self._connection.fileno(), self._on_request)
 
@@ -122,7 +154,7 @@ class Session:
             message = wire.receive_plain(self._connection)
         except (OSError, wire.WireError):
             self._loop.forget(self._connection.fileno())
-            self._child.kill(self._hangup_signal)
+            self._child.kill_group(self._hangup_signal)
             # The last master closes: the kernel hangs up on all that have this terminal.
             self._close_terminal()
             return
@@ -134,7 +166,7 @@ class Session:
                 pass  # a nonsensical size changes nothing
         number = message.get("signal")
         if isinstance(number, int) and 0 < number < 65:
-            self._child.kill(number)
+            self._child.kill_group(number)
 
     def _on_exit(self, status: int) -> None:
         message: dict = {"exit": exit_code(status)}

@@ -6,6 +6,7 @@ lives as long as its connection, so a daemon that dies half-way leaves nothing h
 """
 
 import gc
+import json
 import os
 import resource
 import signal
@@ -18,10 +19,10 @@ from sysctr.errors import Busy, NotFound, SysctrError, UsageError, WrongState
 from sysctr.linux import process
 from sysctr.paths import Layout, layout
 from sysctr.runtime import wire
-from sysctr.runtime.begin import log, supervisor_argv
+from sysctr.runtime.begin import descriptor_argument, log, supervisor_argv
 from sysctr.runtime.containers import Container, Creation
 from sysctr.runtime.loop import Loop
-from sysctr.runtime.notify import discard
+from sysctr.runtime.notify import discard, reap_later
 from sysctr.runtime.records import Records
 from sysctr.runtime.sessions import Session
 
@@ -321,17 +322,45 @@ class Supervisor:
     # Life of the supervisor itself
 
     def _upgrade(self, connection: socket.socket) -> None:
-        """Execute the code that is on disk now; inits stay children of this very process."""
-        if self.creations or self._sessions:
+        """Execute the code that is on disk now; every child stays a child of this very process."""
+        if self.creations:
             raise Busy(
-                f"cannot upgrade the supervisor: {len(self.creations) + len(self._sessions)} starts or "
-                "sessions are under way",
-                "try again when they have ended",
+                f"cannot upgrade the supervisor: {len(self.creations)} containers are being started",
+                "try again in a moment",
             )
         self._answer(connection, {"ok": True})
+        sessions = [session.state() for session in self._sessions]
+        state = {"sessions": sessions, "tickets": self._tickets, "strays": self.loop.strays}
+        fds = [fd for session in sessions for fd in Session.fds(session)] + list(self.loop.strays.values())
+        state_fd = os.memfd_create("sysctr-state", os.MFD_CLOEXEC)
+        with open(state_fd, "w", encoding="ascii", closefd=False) as file:
+            json.dump(state, file)
+        fds.append(state_fd)
         if self.keeper is not None:
-            os.set_inheritable(self.keeper.fileno(), True)
-        os.execv(sys.executable, supervisor_argv(self.keeper.fileno() if self.keeper else -1))
+            fds.append(self.keeper.fileno())
+        for fd in fds:
+            os.set_inheritable(fd, True)
+        try:
+            keeper_fd = self.keeper.fileno() if self.keeper is not None else -1
+            os.execv(sys.executable, supervisor_argv(keeper_fd, state_fd))
+        finally:
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            os.close(state_fd)
+
+    def take_over(self, state_fd: int) -> None:
+        """Go on with the sessions, tickets and strays of the image of this process that executed us."""
+        with open(state_fd, encoding="ascii") as file:
+            file.seek(0)
+            state = json.load(file)
+        self._tickets = {ticket: tuple(entry) for ticket, entry in state["tickets"].items()}
+        strays = {int(pid): pidfd for pid, pidfd in state["strays"].items()}
+        for fd in (*strays.values(), *(fd for session in state["sessions"] for fd in Session.fds(session))):
+            os.set_inheritable(fd, False)
+        for session in state["sessions"]:
+            self._sessions.add(Session.resume(self.loop, session, self._sessions.discard))
+        for pid, pidfd in strays.items():
+            reap_later(self.loop, pid, pidfd)
 
     def _quit(self, connection: socket.socket) -> None:
         running = sorted(i for i, container in self.containers.items() if container.running)
@@ -356,7 +385,7 @@ def _give_to_group(path: str, name: str) -> None:
 
 def main() -> int:
     """Run the supervisor of the installation that SYSCTR_ROOT names."""
-    keeper_fd = int(sys.argv[sys.argv.index("--keeper-fd") + 1]) if "--keeper-fd" in sys.argv else -1
+    keeper_fd, state_fd = descriptor_argument("--keeper-fd"), descriptor_argument("--state-fd")
     keeper = None
     if keeper_fd >= 0:
         keeper = socket.socket(fileno=keeper_fd)
@@ -371,7 +400,10 @@ def main() -> int:
     # What lives on is not looked at again, so that no collection in a child copies its pages.
     gc.freeze()
     try:
-        Supervisor(layout(), keeper).serve()
+        supervisor = Supervisor(layout(), keeper)
+        if state_fd >= 0:
+            supervisor.take_over(state_fd)
+        supervisor.serve()
     except OSError as error:
         log(f"ends: {error}", 3)
         return 1

@@ -79,6 +79,10 @@ class Terminal:
         self.process.wait()
         os.close(self._master_fd)
 
+    def fileno(self) -> int:
+        """Return our end of the terminal."""
+        return self._master_fd
+
     def type(self, text: str) -> None:
         """Type text; a line ends with \\r."""
         os.write(self._master_fd, text.encode())

@@ -131,6 +131,23 @@ def test_a_signal_to_the_command_reaches_the_program(shared_host: Node, tiny: st
     assert one.wait(20) == 3
 
 
+def test_a_signal_reaches_what_the_program_started_too(shared_host: Node, tiny: str) -> None:
+    # A shell that waits for its child takes no notice of SIGINT until the child has ended of it.
+    script = "echo ready; sleep 1234; echo goes on"
+    one = shared_host.popen("exec", tiny, "--", "/bin/sh", "-c", script, stdout=subprocess.PIPE)
+    assert one.stdout.readline() == b"ready\n"
+    wait_until(lambda: "sleep 1234" in ps_without_shells(shared_host, tiny), what="the child runs")
+    one.send_signal(signal.SIGINT)
+    assert one.wait(20) == 128 + signal.SIGINT
+    assert one.stdout.read() == b""
+    assert "sleep 1234" not in ps_without_shells(shared_host, tiny)
+
+
+def ps_without_shells(host: Node, ref: str) -> str:
+    listed = inside(host, ref, "ps").splitlines()
+    return "\n".join(line for line in listed if "/bin/sh" not in line)
+
+
 def test_a_caller_who_is_killed_hangs_up_on_the_program(shared_host: Node, tiny: str) -> None:
     one = shared_host.popen(
         "exec", tiny, "--", "/bin/sh", "-c", "echo ready; exec sleep 4321", stdout=subprocess.PIPE

@@ -7,8 +7,10 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from sysctr.engine.supervisor import SupervisorClient
 from sysctr.runtime import wire
 from tests.attack.inside import Inside, init_pid
 from tests.node import CHECKOUT, Node, kill
-from tests.system.guests import create, shell
+from tests.system.guests import Terminal, create, shell
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("userns", "idmap", "overlay", "veth", "busybox")]
@@ -281,6 +283,60 @@ def test_upgrade_of_the_supervisor_keeps_containers_consoles_and_statuses(host: 
         what="the reboot",
     )
     host.run("stop", "--all")
+
+
+def test_upgrade_of_the_supervisor_keeps_sessions(shared_host: Node, busy: str) -> None:
+    host = shared_host
+    stopped = create(host, start=False)
+    pids = host.pids()
+    plain = host.popen(
+        "exec", busy, "--", "/bin/sh", "-c", "cat; exit 7", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    plain.stdin.write(b"before\n")
+    plain.stdin.flush()
+    assert plain.stdout.readline() == b"before\n"
+    _, unused = host.api("POST", f"/1/containers/{busy}/exec", {"argv": ["true"]})
+    _, ticket = host.api("POST", f"/1/containers/{stopped}/files", {"op": "push", "path": "/root/"})
+    with (
+        Terminal(host, "exec", "--tty", busy, "--", "/bin/sh") as typed,
+        wire.connect(ticket["socket"], 10) as push,
+    ):
+        wire.send(push, {"ticket": ticket["ticket"]})
+        _, fds = wire.receive(push)
+        typed.expect("# ")
+        status, answer = host.api("POST", "/1/supervisor/upgrade")
+        assert status == 200, answer
+        assert host.pids() == pids
+        # The work on the stopped container's files goes on, and is known of.
+        status, refusal = host.api("POST", f"/1/containers/{stopped}/start", {})
+        task_failed(host, (status, refusal), "files are being worked on")
+        os.write(fds[0], bytes(10240))  # an archive of nothing
+        wire.close_all(fds)
+        answer = wire.receive_plain(push)
+        assert answer["exit"] == 0, answer
+        fcntl.ioctl(typed.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
+        typed.process.send_signal(signal.SIGWINCH)
+        typed.type("until [ \"$(stty size)\" = '33 99' ]; do :; done; echo re''sized; exit 3\r")
+        typed.expect("resized")
+        assert typed.end() == 3
+    plain.stdin.write(b"after\n")
+    plain.stdin.close()
+    assert plain.stdout.read() == b"after\n"
+    assert plain.wait(10) == 7
+    with wire.connect(unused["socket"], 10) as connection:
+        wire.send(connection, {"ticket": unused["ticket"]})
+        assert wire.receive_plain(connection).get("ok")
+        assert wire.receive_plain(connection)["exit"] == 0
+    host.run("start", stopped)
+    wait_until(lambda: not zombies(host), what="no zombie")
+    host.run("destroy", stopped, "--force", "--yes")
+
+
+def task_failed(host: Node, answer: "tuple[int, dict]", words: str) -> None:
+    status, body = answer
+    assert status == 202, body
+    _, task = host.api("GET", f"/1/tasks/{body['task']['id']}/wait?timeout=60")
+    assert words in task["task"]["error"]["message"], task
 
 
 def stages(host: Node, number: int) -> "dict[str, Callable[[], object]]":
