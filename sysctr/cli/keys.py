@@ -25,4 +25,11 @@ KEYS = (
     ("net.N.mtu=NUMBER", "restart", "largest packet in bytes"),
     ("dns.nameservers=IP,...", "restart", "name servers; empty: the bridge's"),
     ("dns.search=DOMAIN,...", "restart", "domains to look short names up in"),
+    ("snapshot.schedule=WHEN", "live", "when to make a snapshot, the first one at once"),
+    ("snapshot.keep_last=NUMBER", "live", "automatic snapshots to keep; without rules: all"),
+    ("snapshot.keep_hourly=NUMBER", "live", "hours of which the last one is kept"),
+    ("snapshot.keep_daily=NUMBER", "live", "days of which the last one is kept"),
+    ("snapshot.keep_weekly=NUMBER", "live", "weeks of which the last one is kept"),
+    ("snapshot.keep_monthly=NUMBER", "live", "months of which the last one is kept"),
+    ("snapshot.keep_yearly=NUMBER", "live", "years of which the last one is kept"),
 )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from sysctr.config import addresses, values
+from sysctr.config import addresses, schedule, values
 from sysctr.config.table import Kind
 from sysctr.errors import ConfigError
 
@@ -135,6 +135,14 @@ SUBNET = text_kind("SUBNET", "an IPv4 network such as 10.0.3.0/24", addresses.pa
 DOMAIN = text_kind("DOMAIN", "a domain", addresses.parse_domain)
 LEVEL = text_kind("LEVEL", f"one of {', '.join(LOG_LEVELS)}", _level, LOG_LEVELS, may_be_empty=False)
 
+SCHEDULE = text_kind(
+    "WHEN",
+    "off, hourly, daily, weekly, or a time such as daily 03:00 or weekly sun 22:00",
+    schedule.check_schedule,
+    ("off", "hourly", "daily", "weekly"),
+    may_be_empty=False,
+)
+
 BOOL = Kind("BOOL", "true or false", (bool,), values.parse_bool, _same, bool, ("true", "false"))
 CORES = Kind(
     "CORES",
@@ -149,6 +157,7 @@ WEIGHT = whole_kind(1, 10000)
 # The kernel's own bound on process ids; fewer than some ten leave no room for an init and a shell.
 PIDS = whole_kind(16, 4194304)
 MTU = whole_kind(576, 65535)
+KEEP = whole_kind(0, 1000)
 MEMORY = size_kind(16 * 2**20)
 SWAP = size_kind(0)
 DISK = size_kind(16 * 2**20)

@@ -51,6 +51,19 @@ class Dns:
 
 
 @dataclass(frozen=True)
+class SnapshotRules:
+    """When snapshots are made by themselves, and how many of those are kept; None is no rule."""
+
+    schedule: str
+    keep_last: int | None
+    keep_hourly: int | None
+    keep_daily: int | None
+    keep_weekly: int | None
+    keep_monthly: int | None
+    keep_yearly: int | None
+
+
+@dataclass(frozen=True)
 class Features:
     """What a container may do beyond the usual."""
 
@@ -71,6 +84,7 @@ class Container:
     environment: dict[str, str]
     nets: tuple[Nic, ...]
     dns: Dns
+    snapshot: SnapshotRules
     features: Features
 
 
@@ -99,6 +113,13 @@ KEYS = (
     Key("net.N.mtu", kinds.MTU, None, "restart", "largest packet in bytes"),
     Key("dns.nameservers", kinds.NAMESERVERS, (), "restart", "name servers; empty: the bridge's"),
     Key("dns.search", kinds.DOMAINS, (), "restart", "domains to look short names up in"),
+    Key("snapshot.schedule", kinds.SCHEDULE, "off", "live", "when to make a snapshot, the first one at once"),
+    Key("snapshot.keep_last", kinds.KEEP, None, "live", "automatic snapshots to keep; without rules: all"),
+    Key("snapshot.keep_hourly", kinds.KEEP, None, "live", "hours of which the last one is kept"),
+    Key("snapshot.keep_daily", kinds.KEEP, None, "live", "days of which the last one is kept"),
+    Key("snapshot.keep_weekly", kinds.KEEP, None, "live", "weeks of which the last one is kept"),
+    Key("snapshot.keep_monthly", kinds.KEEP, None, "live", "months of which the last one is kept"),
+    Key("snapshot.keep_yearly", kinds.KEEP, None, "live", "years of which the last one is kept"),
 )
 
 SECTIONS = (
@@ -107,6 +128,7 @@ SECTIONS = (
     Section("environment.NAME", "environment", dict),
     Section("net.N", "nets", Nic),
     Section("dns", "dns", Dns),
+    Section("snapshot", "snapshot", SnapshotRules),
     Section("features", "features", Features),
 )
 
