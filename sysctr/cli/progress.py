@@ -1,5 +1,6 @@
 """Submitting tasks, waiting for them with a bar or plain lines, and reporting how each one ended."""
 
+import re
 import sys
 import time
 
@@ -93,7 +94,7 @@ def _naming(one: Submitted) -> errors.SysctrError:
     """Return the error with the name that the user knows, where several could be meant."""
     error = one.error
     assert error is not None
-    if one.label in error.message.replace(":", " ").split():
+    if one.label in re.split(r"[: ()]+", error.message):
         return error
     return errors.SysctrError(f"{one.label}: {error.message}", error.hint)
 

@@ -58,6 +58,7 @@ class Changes:
                     "leave limits.disk out",
                 )
             check_enforceable(record.id, limits_of(draft), host.cgroups.available)
+            host.network.check(new.name, [nic for nic in new.nets if old is None or nic not in old.nets])
             changed = schema.TABLE.changed(old, new) if old is not None else ()
             waited = self.pending(record)
             in_force = self._in_force(record)

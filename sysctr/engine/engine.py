@@ -5,6 +5,8 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 from sysctr import __version__
 from sysctr.engine import guest
@@ -15,6 +17,7 @@ from sysctr.engine.events import Bus
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.live import Live
+from sysctr.engine.naming import naming, title
 from sysctr.engine.pools import HOME
 from sysctr.engine.record import Record
 from sysctr.engine.tasks import Task, TaskRunner
@@ -83,20 +86,24 @@ class Engine:
         """Return every container in short, by number."""
         return self._view.list(tag)
 
+    @naming
     def info(self, ref: str) -> dict:
         """Return all that is known of one container."""
         return self._view.info(self._find(ref))
 
+    @naming
     def usage(self, ref: str) -> dict:
         """Return what a running container uses now."""
         return self._view.usage(self._find(ref))
 
+    @naming
     def logs(self, ref: str, kind: str = "console") -> bytes:
         """Return what a container's console showed last."""
         if kind != "console":
             raise UsageError(f"cannot show the log {kind!r}: there is only the console's")
         return self._host.read_console(self._find(ref).id)
 
+    @naming
     def wait(self, ref: str, state: str, timeout_s: float, *, ran: bool = False) -> dict:
         """Wait until a container is running, stopped, frozen or booted; `reached` says whether it is.
 
@@ -169,47 +176,52 @@ class Engine:
             return self._creation.create(task, spec, changes, number)
 
         try:
-            return self.tasks.submit("create", number, run)
+            return self.tasks.submit("create", number, run, subject=title(changes["name"], number))
         except BaseException:
             self._host.store.release(number)
             raise
 
+    @naming
     def start(self, ref: str) -> Task:
         """Start a container."""
-        number = self._stopped(ref, "start")
-        return self.tasks.submit("start", number, lambda task: self._lifecycle.start(task, number))
+        record = self._stopped(ref, "start")
+        return self._submit("start", record, lambda task: self._lifecycle.start(task, record.id))
 
+    @naming
     def stop(self, ref: str, *, timeout_s: float | None = None, kill: bool = False) -> Task:
         """Stop a container: ask its init, and kill at the time-out, or at once."""
-        number = self._running(ref, "stop")
-        return self.tasks.submit(
-            "stop", number, lambda task: self._lifecycle.stop(task, number, timeout_s, kill=kill)
+        record = self._running(ref, "stop")
+        return self._submit(
+            "stop", record, lambda task: self._lifecycle.stop(task, record.id, timeout_s, kill=kill)
         )
 
+    @naming
     def shutdown(self, ref: str, *, timeout_s: float | None = None) -> Task:
         """Ask a container's init to end; on time-out it runs on."""
-        number = self._running(ref, "shut down")
-        return self.tasks.submit(
-            "shutdown", number, lambda task: self._lifecycle.shutdown(task, number, timeout_s)
+        record = self._running(ref, "shut down")
+        return self._submit(
+            "shutdown", record, lambda task: self._lifecycle.shutdown(task, record.id, timeout_s)
         )
 
+    @naming
     def reboot(self, ref: str, *, timeout_s: float | None = None) -> Task:
         """Stop a container and start it again."""
-        number = self._running(ref, "reboot")
-        return self.tasks.submit(
-            "reboot", number, lambda task: self._lifecycle.reboot(task, number, timeout_s)
-        )
+        record = self._running(ref, "reboot")
+        return self._submit("reboot", record, lambda task: self._lifecycle.reboot(task, record.id, timeout_s))
 
+    @naming
     def freeze(self, ref: str) -> Task:
         """Stop every process of a container where it stands."""
-        number = self._running(ref, "freeze")
-        return self.tasks.submit("freeze", number, lambda _task: self._lifecycle.freeze(number))
+        record = self._running(ref, "freeze")
+        return self._submit("freeze", record, lambda _task: self._lifecycle.freeze(record.id))
 
+    @naming
     def thaw(self, ref: str) -> Task:
         """Let a frozen container go on."""
-        number = self._running(ref, "thaw")
-        return self.tasks.submit("thaw", number, lambda _task: self._lifecycle.thaw(number))
+        record = self._running(ref, "thaw")
+        return self._submit("thaw", record, lambda _task: self._lifecycle.thaw(record.id))
 
+    @naming
     def destroy(self, ref: str, *, force: bool = False) -> Task:
         """Remove a container with all it has."""
         record = self._find(ref)
@@ -218,50 +230,60 @@ class Engine:
             raise WrongState(
                 f"cannot destroy {record.id}: it is running", "stop it first, or destroy it with --force"
             )
-        return self.tasks.submit(
-            "destroy", record.id, lambda task: self._creation.destroy(task, record.id, force=force)
+        return self._submit(
+            "destroy",
+            record,
+            lambda task: self._creation.destroy(task, record.id, force=force),
+            takes_over=force,
         )
 
+    @naming
     def passwd(self, ref: str, user: str, password: str) -> Task:
         """Set a user's password inside a container, running or stopped."""
         record = self._find(ref)
         work = {"builtin": "setup", "passwords": {user: guest.hash_password(password)}}
-        return self.tasks.submit(
-            "passwd", record.id, lambda task: self._doors.run_builtin(record, work, task)
-        )
+        return self._submit("passwd", record, lambda task: self._doors.run_builtin(record, work, task))
 
     # Configuration
 
+    @naming
     def rename(self, ref: str, name: str) -> dict:
         """Give a container another name; its host name follows at the next start."""
         return self._changes.rename(self._find(ref), name)
 
+    @naming
     def protect(self, ref: str, protected: bool) -> dict:
         """Protect a container from being destroyed, or no longer."""
         return self._changes.apply(self._find(ref), {"protected": protected})
 
+    @naming
     def config(self, ref: str) -> dict:
         """Return a container's configuration as text and values, and what waits for a restart."""
         return self._changes.show(self._find(ref))
 
+    @naming
     def set_config(self, ref: str, changes: dict) -> dict:
         """Change keys; returns what holds at once and what waits for a restart."""
         return self._changes.apply(self._find(ref), changes)
 
+    @naming
     def put_config(self, ref: str, text: str, digest: str) -> dict:
         """Replace the whole file, if it is still the one of `digest`."""
         return self._changes.replace(self._find(ref), text, digest)
 
     # Ways in
 
+    @naming
     def exec_ticket(self, ref: str, request: dict) -> dict:
         """Return a ticket that runs a program inside a running container."""
         return self._doors.exec_ticket(self._find(ref), request)
 
+    @naming
     def console_ticket(self, ref: str) -> dict:
         """Return a ticket that attaches to a running container's console."""
         return self._doors.console_ticket(self._find(ref))
 
+    @naming
     def files_ticket(self, ref: str, request: dict) -> dict:
         """Return a ticket that moves files in or out as a tar stream, running or stopped."""
         return self._doors.files_ticket(self._find(ref), request)
@@ -324,18 +346,23 @@ class Engine:
     def _find(self, ref: str) -> Record:
         return self._host.store.find(ref)
 
-    def _running(self, ref: str, verb: str) -> int:
-        number = self._find(ref).id
-        if not self._host.live.running(number):
-            raise WrongState(f"cannot {verb} {number}: it is not running")
-        return number
+    def _submit(
+        self, kind: str, record: Record, function: Callable[[Task], Any], *, takes_over: bool = False
+    ) -> Task:
+        return self.tasks.submit(kind, record.id, function, subject=record.title, takes_over=takes_over)
 
-    def _stopped(self, ref: str, verb: str) -> int:
+    def _running(self, ref: str, verb: str) -> Record:
+        record = self._find(ref)
+        if not self._host.live.running(record.id):
+            raise WrongState(f"cannot {verb} {record.id}: it is not running")
+        return record
+
+    def _stopped(self, ref: str, verb: str) -> Record:
         record = self._find(ref)
         record.usable(verb)
         if self._host.live.running(record.id):
             raise WrongState(f"cannot {verb} {record.id}: it is running")
-        return record.id
+        return record
 
     def _on_exit(self, live: Live) -> None:
         self._lifecycle.on_exit(live)

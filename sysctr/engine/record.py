@@ -11,6 +11,7 @@ from sysctr.config import toml
 from sysctr.config.schema import Container, parse_config
 from sysctr.config.values import shown
 from sysctr.engine.ids import IdRange
+from sysctr.engine.naming import title
 from sysctr.errors import ConfigError, WrongState
 
 SCHEMA = 1
@@ -67,6 +68,11 @@ class Record(Saved):
     def damaged(self) -> bool:
         """Tell whether record.json cannot be read, so that only number and name are known."""
         return not self.uuid
+
+    @property
+    def title(self) -> str:
+        """Return what errors and tasks call this container: its name and its number."""
+        return title(self.name, self.id)
 
     @property
     def digest(self) -> str:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sysctr.engine.events import Bus
+from sysctr.engine.naming import name_in
 from sysctr.engine.task_files import TaskFiles, TaskLog
 from sysctr.errors import Busy, NoDaemon, NoSpace, NotFound, SysctrError
 from sysctr.paths import Layout
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 KEPT = 500
 THREADS = 32
 PROGRESS_INTERVAL_S = 0.1
+# A cancelled task ends at its next step, or when its programs are killed.
+TAKE_OVER_S = 60.0
+_CHECK_S = 0.2
 ENDED = frozenset({"done", "failed", "cancelled"})
 
 
@@ -213,12 +217,14 @@ class TaskRunner:
         *,
         exclusive: bool = True,
         subject: str = "",
+        takes_over: bool = False,
     ) -> Task:
         """Run `function(task)` in a thread; what it returns (JSON) is the result, what it raises the error.
 
         An exclusive task holds its container, or without one its subject ("template debian-12"); Busy is
-        raised if another holds it. One that is not exclusive neither holds nor minds. Tasks are begun in
-        the order in which they were submitted.
+        raised if another holds it. One that takes over waits for the other instead, having cancelled it. One
+        that is not exclusive neither holds nor minds. Tasks are begun in the order in which they were
+        submitted. `subject` is what messages call the container.
         """
         named = subject or ("" if container_id is None else str(container_id))
         task = Task(kind, container_id, named, self._publish, self._files.directory)
@@ -226,14 +232,13 @@ class TaskRunner:
         with self._free:
             if self._closing:
                 raise NoDaemon(f"cannot {task.doing}: the daemon is being stopped", "try again in a moment")
-            if exclusive and key != "":
-                self._refuse_if_held(key, task.doing)
-                self._holders[key] = (task, f"task {task.id} ({kind})")
+            if exclusive and key != "" and not (takes_over and key in self._holders):
+                self._hold(key, task)
             self._tasks[task.id] = task
             self._unended += 1
             self._files.begin(task.as_dict())
         try:
-            self._pool.submit(self._run, task, key, function)
+            self._pool.submit(self._run, task, key, function, takes_over=exclusive and takes_over)
         except RuntimeError as error:  # the pool was shut down since
             self._finish(task, key, "failed", _interrupted(task), None, "the daemon was stopped")
             raise NoDaemon(f"cannot {task.doing}: the daemon is being stopped") from error
@@ -337,13 +342,41 @@ class TaskRunner:
             hint += f", or end it with `sysctr task cancel {task.id}`"
         raise Busy(f"cannot {doing}: {words} is running", hint)
 
-    def _run(self, task: Task, key: int | str, function: Callable[[Task], Any]) -> None:
+    def _hold(self, key: int | str, task: Task) -> None:
+        self._refuse_if_held(key, task.doing)
+        self._holders[key] = (task, f"task {task.id} ({task.kind})")
+
+    def _take_over(self, key: int | str, task: Task) -> None:
+        """Hold a container as soon as who holds it has ended; raise Busy if that takes too long."""
+        deadline_s = time.monotonic() + TAKE_OVER_S
+        asked = None
+        while True:
+            task.check()
+            with self._free:
+                held = self._holders.get(key)
+                if held is None or time.monotonic() >= deadline_s:
+                    self._hold(key, task)
+                    return
+                if held[0] is task:
+                    return
+                if held is asked:
+                    self._free.wait(min(_CHECK_S, deadline_s - time.monotonic()))
+            if held is not asked and held[0] is not None:
+                task.log(f"cancelling {held[1]}")
+                held[0].cancel()
+            asked = held
+
+    def _run(
+        self, task: Task, key: int | str, function: Callable[[Task], Any], *, takes_over: bool = False
+    ) -> None:
         if task.cancelling or not task.begin():
             self._finish(task, key, "cancelled", _cancelled(task), None, "cancelled before it began")
             return
         self._publish(task)
         result, error, last_words = None, None, ""
         try:
+            if takes_over:
+                self._take_over(key, task)
             result = function(task)
             json.dumps(result)
         except Cancelled:
@@ -351,6 +384,8 @@ class TaskRunner:
         except Exception as raised:
             state, result = "failed", None
             known = as_error(raised, task.doing)
+            if known and task.container is not None:
+                name_in(known, task.container, task.subject)
             error = known.as_dict() if known else _bug(task)
             last_words = error["message"]
             if not isinstance(raised, SysctrError):

@@ -104,8 +104,8 @@ def test_an_init_that_dies_at_once_is_reported_with_status_and_console(shared_ho
     script = f"#!/bin/sh\n{does}\n".encode()
     shared_host.run("push", "--mode", "0755", "-", f"{name}:/sbin/failing", stdin=script)
     number = shared_host.json("info", name)["id"]
-    failed = refused(shared_host, 1, f"cannot start {number}: its init {words}", "start", name)
-    assert f"`sysctr logs {number}`" in failed.err
+    failed = refused(shared_host, 1, f"cannot start {name} ({number}): its init {words}", "start", name)
+    assert f"`sysctr logs {name}`" in failed.err
     assert nothing_left_on_the_host(shared_host, number)
     info = shared_host.json("info", name)
     assert (info["state"], info["exit"]["reason"], info["exit"]["status"]) == ("stopped", *end)
@@ -369,3 +369,59 @@ def test_start_on_boot_is_kept_in_the_configuration(shared_host: Node) -> None:
     assert "onboot = true" in shared_host.run("config", name).out
 
 
+def test_errors_name_a_container_by_name_and_number_whichever_was_typed(shared_host: Node) -> None:
+    name = create(shared_host, start=False)
+    number = str(shared_host.json("info", name)["id"])
+    for ref in (name, number):
+        for verb in ("stop", "freeze", "thaw", "reboot"):
+            refused(shared_host, 4, f"cannot {verb} {name} ({number}): it is not running", verb, ref)
+        done = refused(shared_host, 4, f"cannot execute in {name} ({number}): ", "exec", ref, "--", "true")
+        assert f"`sysctr start {name}`" in done.err
+        refused(shared_host, 4, f"console of {name} ({number}): it is not running", "console", ref)
+    shared_host.run("protect", name)
+    done = refused(shared_host, 5, f"cannot destroy {name} ({number}): it is protected",
+                   "destroy", "--yes", number)  # fmt: skip
+    assert f"`sysctr protect {name} --off`" in done.err
+    shared_host.run("protect", "--off", name)
+    shared_host.run("start", name)
+    done = refused(shared_host, 4, f"cannot destroy {name} ({number}): it is running",
+                   "destroy", "--yes", name)  # fmt: skip
+    refused(shared_host, 4, f"cannot start {name} ({number}): it is running", "start", number)
+    refused(shared_host, 3, "cannot attach eth1 of", "set", name, "net.1=eth1,bridge=nope,ip=manual")
+    shared_host.run("destroy", "--yes", "--force", name)
+
+
+def test_a_bridge_that_is_not_there_is_told_at_creation(shared_host: Node) -> None:
+    name = new_name()
+    done = refused(
+        shared_host, 3, f"cannot attach eth0 of {name}: there is no bridge nope",
+        "create", name, "--template", "tiny", "--net", "name=eth0,bridge=nope,ip=manual",
+    )  # fmt: skip
+    assert "hint: bridges of this host: " in done.err
+    assert shared_host.layout.bridge in done.err
+    refused(shared_host, 3, name, "info", name)
+
+
+def test_a_container_is_destroyed_by_force_while_something_is_done_to_it(shared_host: Node) -> None:
+    for _ in range(3):
+        name = create(shared_host, start=False)
+        shared_host.run("start", "--no-wait", name)
+        shared_host.run("destroy", "--force", "--yes", name, timeout_s=60)
+        refused(shared_host, 3, name, "info", name)
+    name = stubborn(shared_host)
+    waiting = shared_host.run("shutdown", "--timeout", "250", "--no-wait", name).out.strip()
+    shared_host.run("destroy", "--force", "--yes", name, timeout_s=60)
+    assert shared_host.json("task", "show", waiting)["state"] == "cancelled"
+
+
+def test_several_containers_are_destroyed_by_name_and_by_tag(shared_host: Node) -> None:
+    tag = new_name("tag")
+    one, two = (create(shared_host, "--tag", tag) for _ in range(2))
+    three, four = (create(shared_host) for _ in range(2))
+    done = refused(shared_host, 4, f"cannot destroy {one} (", "destroy", "--yes", "--tag", tag)
+    assert f"cannot destroy {two} (" in done.err, "each is reported"
+    shared_host.run("destroy", "--yes", "--force", "--tag", tag)
+    done = shared_host.run("destroy", "--yes", "--force", three, "nowhere-at-all", four, check=False)
+    assert done.status == 3, done
+    left = {entry["name"] for entry in shared_host.json("list")}
+    assert left.isdisjoint({one, two, three, four})

@@ -471,6 +471,7 @@ def test_a_record_without_later_fields_has_their_defaults() -> None:
         st.text(),
         st.text(),
         st.text(),
+        st.text(),
         st.lists(st.text()).map(tuple),
         st.none() | st.fixed_dictionaries({"reason": st.text(), "status": st.integers()}),
     )

@@ -1,5 +1,6 @@
 """Tasks run one at a time for a container, tell what they do, end in one state and leave a record."""
 
+import doctest
 import json
 import os
 import stat
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sysctr.engine import task_files
+from sysctr.engine import naming, task_files, tasks
 from sysctr.engine.events import Bus
 from sysctr.engine.tasks import Task, TaskRunner, as_error
 from sysctr.errors import Busy, NoDaemon, NoSpace, NotFound, SysctrError, WrongState
@@ -107,6 +108,44 @@ def test_whoever_hears_of_the_end_can_act_on_the_container_at_once(runner: TaskR
             task.wait(10)
         states = [event["task"]["state"] for event in events.take()]
     assert states.count("done") >= 199
+
+
+def test_who_takes_over_cancels_the_holder_and_waits_for_its_end(runner: TaskRunner) -> None:
+    gate = Gate()
+    first = runner.submit("start", 101, gate)
+    assert gate.reached.wait(10)
+    second = runner.submit("destroy", 101, lambda _task: "gone", takes_over=True)
+    assert second.wait(10)
+    assert (first.state, second.state, second.result) == ("cancelled", "done", "gone")
+    assert f"cancelling task {first.id} (start)" in runner.read_log(second.id).decode()
+    assert runner.current(101) is None
+
+
+def test_who_takes_over_gives_up_at_the_time_out_and_when_cancelled(
+    runner: TaskRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with runner.hold(101, "configure"):
+        waiting = runner.submit("destroy", 101, lambda _task: None, takes_over=True)
+        waiting.cancel()
+        assert waiting.wait(10)
+        assert waiting.state == "cancelled"
+        monkeypatch.setattr(tasks, "TAKE_OVER_S", 0.01)
+        late = runner.submit("destroy", 101, lambda _task: None, subject="web (101)", takes_over=True)
+        assert late.wait(10)
+    assert late.error["code"] == "busy"
+    assert late.error["message"] == "cannot destroy web (101): configure is running"
+
+
+def test_an_error_names_the_container_as_people_do(runner: TaskRunner) -> None:
+    def fail(_task: Task) -> None:
+        raise WrongState("cannot freeze 101: 101 is frozen", "`sysctr thaw 101` lets it go on")
+
+    task = runner.submit("freeze", 101, fail, subject="web (101)")
+    assert task.wait(10)
+    assert task.error["message"] == "cannot freeze web (101): 101 is frozen"
+    assert task.error["hint"] == "`sysctr thaw web` lets it go on"
+    with runner.hold(101, "x"), pytest.raises(Busy, match=r"cannot stop web \(101\): x is running"):
+        runner.submit("stop", 101, fail, subject="web (101)")
 
 
 def test_a_subject_is_held_like_a_container(runner: TaskRunner) -> None:
@@ -373,3 +412,7 @@ def test_submitting_is_cheap(runner: TaskRunner) -> None:
 def test_errors_of_the_disk_keep_their_kind() -> None:
     assert isinstance(as_error(OSError(122, "Disk quota exceeded"), "start 101"), NoSpace)
     assert as_error(KeyError("x"), "start 101") is None
+
+
+def test_the_examples_of_naming_hold() -> None:
+    assert doctest.testmod(naming).failed == 0
