@@ -138,7 +138,7 @@ def _await_ready(
     # It ended before it was ready. Either it failed, or another command's daemon was first: then that one
     # holds the lock, and answers soon.
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    while _locked(where) and time.monotonic() < deadline:
+    while is_locked(where.daemon_lock) and time.monotonic() < deadline:
         if answers():
             return
         time.sleep(0.02)
@@ -147,11 +147,12 @@ def _await_ready(
     raise errors.NoDaemon(f"cannot start the daemon: it ended with {status}{_last_line(where)}", hint)
 
 
-def _locked(where: Layout) -> bool:
+def is_locked(path: str) -> bool:
+    """Tell whether a process holds the lock at `path`."""
     import fcntl
 
     try:
-        fd = os.open(where.daemon_lock, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:

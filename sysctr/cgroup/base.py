@@ -1,12 +1,13 @@
 """What every cgroup driver takes and gives: limits, usage, placements, and the rules they share."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from sysctr.errors import ConfigError, Refused
+from sysctr.errors import ConfigError, NotFound, Refused
 
 # What cfs takes as the length of one round; the kernel's own default.
 CPU_PERIOD_USEC = 100_000
@@ -68,6 +69,31 @@ class Placement:
     tasks: tuple[str, ...]
 
 
+# The directory of the jobs' cgroups, beside those of the containers.
+JOBS = "jobs"
+# A hostile archive or a fork bomb in a build ends there, and not with the host; mmdebstrap has some dozens.
+_JOB_PIDS = 1024
+_JOB_MEMORY_MIN_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one job may use."""
+
+    memory_bytes: int
+    pids: int = _JOB_PIDS
+
+
+def job_bounds(meminfo: str) -> Bounds:
+    r"""Return the bounds of a job on a host with this /proc/meminfo: half of its memory, and no swap.
+
+    >>> job_bounds("MemTotal:        4194304 kB\n").memory_bytes >> 30
+    2
+    """
+    total_bytes = next(int(line.split()[1]) << 10 for line in meminfo.splitlines() if "MemTotal:" in line)
+    return Bounds(max(_JOB_MEMORY_MIN_BYTES, total_bytes // 2))
+
+
 class Driver(Protocol):
     """A kind of cgroup tree; `available` says which limits and actions it has."""
 
@@ -106,7 +132,32 @@ class Driver(Protocol):
 
     def destroy_root(self) -> None: ...
 
+    def job_plan(self) -> dict: ...
+
     def list_ids(self) -> list[int]: ...
+
+
+class Counter:
+    """The two questions of a driver about what containers use, answered by its `_usage`."""
+
+    def usage(self, ct_id: int) -> Usage:
+        """Return what one container uses."""
+        usage = self.usage_all([ct_id]).get(ct_id)
+        if usage is None:
+            raise NotFound(f"cannot find the cgroup of {ct_id}: it does not run")
+        return usage
+
+    def usage_all(self, ids: Iterable[int]) -> dict[int, Usage]:
+        """Return what each container uses, without those that have no cgroup (any more)."""
+        found: dict[int, Usage] = {}
+        for ct_id in ids:
+            with contextlib.suppress(OSError):
+                found[ct_id] = self._usage(ct_id)
+        return found
+
+    def _usage(self, ct_id: int) -> Usage:
+        """Count one container; OSError for one without a cgroup."""
+        raise NotImplementedError
 
 
 _NEEDS = (

@@ -1,9 +1,12 @@
 """Reading and writing the small files of a cgroup, in as few system calls as they take."""
 
+import contextlib
 import errno
 import os
 import select
 import time
+
+from sysctr.cgroup import base
 
 
 def read(path: str) -> str:
@@ -38,6 +41,25 @@ def make_directory(path: str, mode: int) -> None:
     """
     os.mkdir(path, mode)
     os.chmod(path, mode)
+
+
+def prepare_jobs(path: str) -> None:
+    """Make the directory of the jobs' cgroups, or remove what a supervisor that died left in it."""
+    try:
+        make_directory(path, 0o755)
+    except FileExistsError:
+        with os.scandir(path) as entries:
+            left = [entry.path for entry in entries if entry.is_dir()]
+        for job in left:
+            with contextlib.suppress(OSError):  # it has processes: a job runs
+                os.rmdir(job)
+
+
+def remove_root(path: str) -> None:
+    """Remove an installation's directory with that of the jobs in it; no error when it is not there."""
+    for directory in (f"{path}/{base.JOBS}", path):
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(directory)
 
 
 def number(text: str) -> int | None:

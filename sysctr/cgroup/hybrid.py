@@ -16,7 +16,7 @@ from sysctr.cgroup import base, files, v1
 from sysctr.cgroup.base import Cores, Events, Limits, Placement, Usage
 from sysctr.cgroup.unified import Unified, cpu_usec
 from sysctr.cgroup.v1 import Hierarchy
-from sysctr.errors import NotFound, Refused
+from sysctr.errors import Refused
 
 # Which limits a v1 controller takes away from the cgroup2 side.
 _FIELDS = {
@@ -27,7 +27,7 @@ _FIELDS = {
 }
 
 
-class Hybrid:
+class Hybrid(base.Counter):
     """Containers in v1 hierarchies and a cgroup2 tree at once."""
 
     def __init__(self, unified: Unified, hierarchies: Iterable[Hierarchy]) -> None:
@@ -39,6 +39,7 @@ class Hybrid:
             self._cores = Cores(cpuset.online)
         self._cores_known = False
         self._prepared = False
+        self._jobs_prepared = False
         self._lock = threading.Lock()
         # A host without a swap device needs no reading of swap at every look at the usage.
         self._swap_bytes = self._swap_reader()
@@ -120,6 +121,23 @@ class Hybrid:
             tasks=tuple(f"{directory}/tasks" for directory in directories),
         )
 
+    def job_plan(self) -> dict:
+        """Return the part of a job's plan that bounds its memory and its processes; see Unified."""
+        name, bounds = os.urandom(4).hex(), base.job_bounds(files.read("/proc/meminfo"))
+        self.prepare()
+        plan = self.unified.job_plan_of(name, bounds)
+        for hierarchy in self.hierarchies:
+            directory = hierarchy.job_directory(name, bounds)
+            if directory:
+                plan["make"].append(directory)
+                plan["tasks"].append(f"{directory[0]}/tasks")
+        with self._lock:
+            if not self._jobs_prepared:
+                for path, _ in plan["make"][1:]:
+                    files.prepare_jobs(os.path.dirname(path))
+                self._jobs_prepared = True
+        return plan
+
     def place(self, placement: Placement, pid: int) -> None:
         """Move a process; safe from another thread while the process does its set-up."""
         self.unified.place(placement, pid)
@@ -173,25 +191,9 @@ class Hybrid:
     def destroy_root(self) -> None:
         """Remove our directory from every tree; refused while a container has a cgroup there."""
         self.unified.destroy_root()
-        self._prepared = False
+        self._prepared = self._jobs_prepared = False
         for hierarchy in self.hierarchies:
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(hierarchy.root)
-
-    def usage(self, ct_id: int) -> Usage:
-        """Return what one container uses."""
-        usage = self.usage_all([ct_id]).get(ct_id)
-        if usage is None:
-            raise NotFound(f"cannot find the cgroup of {ct_id}: it does not run")
-        return usage
-
-    def usage_all(self, ids: Iterable[int]) -> dict[int, Usage]:
-        """Return what each container uses, without those that have no cgroup (any more)."""
-        found: dict[int, Usage] = {}
-        for ct_id in ids:
-            with contextlib.suppress(OSError):
-                found[ct_id] = self._usage(ct_id)
-        return found
+            files.remove_root(hierarchy.root)
 
     def _usage(self, ct_id: int) -> Usage:
         by = self._by_controller

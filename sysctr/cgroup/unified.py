@@ -12,6 +12,7 @@ subtree_control, so ours has all of them there, always.
     <name>/101/       the limits; owned by host root, so the container cannot change them
     <name>/101/ns/    what the container sees as the root of its tree; delegated to its root
     <name>/101/ns/.sysctr/   programs that came by exec: ns takes none once the init has made sub-cgroups
+    <name>/jobs/3f9c12ab/    one job; the supervisor makes and removes it
 
 Nothing outside <name> is written to, but for the root's subtree_control, and in a container whose processes
 live in the root of its namespace (see `_make_room`).
@@ -21,10 +22,9 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterable
 
 from sysctr.cgroup import base, files
-from sysctr.cgroup.base import Cores, Events, Limits, Placement, Usage
+from sysctr.cgroup.base import Bounds, Cores, Events, Limits, Placement, Usage
 from sysctr.errors import NotFound, Refused, SysctrError, WrongState
 
 EXEC_LEAF = ".sysctr"
@@ -37,7 +37,7 @@ _DELEGATE = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control", "memory
 _CONTROLLERS = frozenset({"cpu", "cpuset", "memory", "pids", "io"})
 
 
-class Unified:
+class Unified(base.Counter):
     """Containers in a cgroup2 tree, with whatever controllers it has (none, on a hybrid host)."""
 
     def __init__(self, mount: str, name: str) -> None:
@@ -45,6 +45,7 @@ class Unified:
         self.root = f"{mount}/{name}"
         self._lock = threading.Lock()
         self._prepared = False
+        self._jobs_prepared = False
         self._enabled: frozenset[str] = frozenset()
         self._delegate: tuple[str, ...] = ()
         self._cores = Cores(self._online)
@@ -178,8 +179,6 @@ class Unified:
         return self.placement(ct_id)
 
     def _hand_over(self, directory: str, uid: int, gid: int) -> None:
-        # mkdir's mode went through our umask, and every user inside has to read this tree.
-        os.chmod(directory, 0o775)
         os.chown(directory, uid, gid)
         for name in self._delegate:
             with contextlib.suppress(FileNotFoundError):
@@ -300,6 +299,30 @@ class Unified:
                 self._cores.adopt(ct_id, base.parse_cpu_list(cpus))
         self._cores_known = True
 
+    # Jobs
+
+    def job_plan(self) -> dict:
+        """Return the part of a job's plan that bounds its memory and its processes.
+
+        The supervisor makes the directories of "make" with these values before the job is born in "into", and
+        removes them after its end: so none is left by a daemon that dies or a ticket that nobody uses.
+        """
+        return self.job_plan_of(os.urandom(4).hex(), base.job_bounds(files.read("/proc/meminfo")))
+
+    def job_plan_of(self, name: str, bounds: Bounds) -> dict:
+        """Return the plan's part for a job of this name."""
+        self.prepare()
+        jobs = f"{self.root}/{base.JOBS}"
+        with self._lock:
+            if not self._jobs_prepared:
+                files.prepare_jobs(jobs)
+                self._enable(jobs, self._enabled & {"memory", "pids"})
+                self._jobs_prepared = True
+        wanted = {"memory.max": bounds.memory_bytes, "memory.swap.max": 0, "pids.max": bounds.pids}
+        path = f"{jobs}/{name}"
+        values = {file: str(value) for file, value in wanted.items() if os.path.exists(f"{jobs}/{file}")}
+        return {"into": path, "tasks": [], "make": [[path, values]]}
+
     # Freezing, killing
 
     def freeze(self, ct_id: int, timeout_s: float = 10) -> None:
@@ -367,28 +390,13 @@ class Unified:
         if ids:
             raise WrongState(f"cannot remove {self.root}: {', '.join(map(str, ids))} have cgroups in it")
         with self._lock:
-            self._prepared = False
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(self.root)
+            self._prepared = self._jobs_prepared = False
+            files.remove_root(self.root)
 
     # Counting
 
-    def usage(self, ct_id: int) -> Usage:
-        """Return what one container uses."""
-        usage = self.usage_all([ct_id]).get(ct_id)
-        if usage is None:
-            raise NotFound(f"cannot find the cgroup of {ct_id}: it does not run")
-        return usage
-
-    def usage_all(self, ids: Iterable[int]) -> dict[int, Usage]:
-        """Return what each container uses, without those that have no cgroup (any more)."""
-        found: dict[int, Usage] = {}
-        for ct_id in ids:
-            with contextlib.suppress(OSError):
-                found[ct_id] = self._usage(f"{self.root}/{ct_id}")
-        return found
-
-    def _usage(self, path: str) -> Usage:
+    def _usage(self, ct_id: int) -> Usage:
+        path = self._path(ct_id)
         memory_bytes = memory_max = swap_bytes = pids = read_bytes = write_bytes = None
         available = self._counted()
         if "memory" in available:

@@ -10,7 +10,7 @@ import os
 import signal
 
 from sysctr.cgroup import base, files
-from sysctr.cgroup.base import Limits
+from sysctr.cgroup.base import Bounds, Limits
 from sysctr.errors import Refused, SysctrError
 from sysctr.linux import process
 
@@ -72,6 +72,17 @@ class Hierarchy:
             files.remove_tree(path, timeout_s)
         except OSError as error:
             raise SysctrError(f"cannot remove the cgroup of {ct_id}: {error}") from error
+
+    def job_directory(self, name: str, bounds: Bounds) -> "list | None":
+        """Return path and values of a job's directory; None where this hierarchy bounds nothing of it."""
+        values = {}
+        if "memory" in self.controllers:
+            values["memory.limit_in_bytes"] = str(bounds.memory_bytes)
+            if self.counts_swap():
+                values["memory.memsw.limit_in_bytes"] = str(bounds.memory_bytes)
+        if "pids" in self.controllers:
+            values["pids.max"] = str(bounds.pids)
+        return [f"{self.root}/{base.JOBS}/{name}", values] if values else None
 
     def set_limits(self, ct_id: int, limits: Limits, cores: str | None, *, fresh: bool) -> None:
         """Write those limits that this hierarchy's controllers carry."""

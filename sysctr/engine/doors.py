@@ -6,10 +6,10 @@ import re
 from sysctr.config import toml
 from sysctr.config.schema import Container, parse_config
 from sysctr.engine.host import Host
-from sysctr.engine.job import Task
 from sysctr.engine.plan import CONTAINER_TYPE, volume_job_plan
 from sysctr.engine.record import Record
 from sysctr.errors import UsageError, WrongState
+from sysctr.template.base import Task
 
 
 class Doors:
@@ -99,7 +99,7 @@ class Doors:
         spec = self._host.activate(record)
         idmap = self._host.jobs_for(record).idmap
         plan = volume_job_plan(record.id, spec, idmap, self._host.stage, program)
-        return {"plan": plan, "streams": streams}
+        return {"plan": {**plan, "cgroup": self._host.cgroups.job_plan()}, "streams": streams}
 
     def _cgroup(self, record: Record) -> dict:
         placement = self._host.cgroups.exec_placement(record.id)

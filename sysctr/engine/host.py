@@ -185,7 +185,7 @@ class Host:
             self.pools.empty_trash()
 
     def _jobs(self, idmap: Idmap) -> JobRunner:
-        return JobRunner(self.supervisor, self.stage, idmap, self.seccomp)
+        return JobRunner(self.supervisor, self.stage, idmap, self.seccomp, self.cgroups.job_plan)
 
 
 def owner(volume: str) -> int:

@@ -1,32 +1,30 @@
 """Work on foreign trees, done by short-lived processes with a container's ids and no rights over the host."""
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 from sysctr.engine.plan import Idmap, tool_job_plan, volume_job_plan
 from sysctr.engine.supervisor import SupervisorClient
 from sysctr.errors import SysctrError
 from sysctr.storage.base import RootSpec
+from sysctr.template.base import Task
 
 _OUTPUT_LIMIT_BYTES = 64 * 1024
-
-
-class Task(Protocol):
-    """The part of a task that a job needs."""
-
-    def check(self) -> None:
-        """Raise if the task is to stop."""
-
-    def log(self, text: str) -> None:
-        """Add a line to the task's log."""
 
 
 class JobRunner:
     """Runs jobs with one id map: that of a container, or the one kept for templates."""
 
-    def __init__(self, supervisor: SupervisorClient, stage: str, idmap: Idmap, seccomp: bytes) -> None:
+    def __init__(
+        self,
+        supervisor: SupervisorClient,
+        stage: str,
+        idmap: Idmap,
+        seccomp: bytes,
+        cgroup: Callable[[], dict],
+    ) -> None:
         self._supervisor = supervisor
+        self._cgroup = cgroup
         self._stage = stage
         self.idmap = idmap
         self._seccomp = seccomp
@@ -89,7 +87,8 @@ class JobRunner:
                 words_fd if stdout_fd is None else stdout_fd,
                 words_fd,
             )
-            return self._supervisor.job(plan, stdio, task.check if task else None)
+            bounded = {**plan, "cgroup": self._cgroup()}
+            return self._supervisor.job(bounded, stdio, task.check if task else None)
         finally:
             if task is not None:
                 size = os.fstat(words_fd).st_size

@@ -175,13 +175,6 @@ class Store:
                 self._let_go(number)
                 raise
 
-    def save(self, record: Record) -> None:
-        """Write a container's record; its configuration has `save_config`."""
-        with self._locked(f"save {record.id}"):
-            if self.load(record.id).damaged:
-                record.usable("save")
-            self._write_record(record)
-
     def update(self, number: int, **changes: Any) -> Record:
         """Change fields of a container's record, and lose no change that another thread makes meanwhile."""
         with self._locked(f"save {number}"):

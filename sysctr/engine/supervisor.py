@@ -1,7 +1,6 @@
 """The daemon's way to its supervisor: each call is one conversation, safe from any thread."""
 
 import contextlib
-import fcntl
 import os
 import select
 import socket
@@ -113,7 +112,8 @@ class SupervisorClient:
 
     def ensure(self) -> dict:
         """Return the supervisor's status, after starting keeper and supervisor where none answer."""
-        if not _keeper_lives(self._where):
+        # Held by the keeper, or by a supervisor that outlived it.
+        if not launch.is_locked(self._where.keeper_lock):
             if launch.managed_by_systemd(self._where):
                 # Started from here it would be in the daemon's cgroup, and its unit find its place taken.
                 launch.systemctl("start", launch.SUPERVISOR_UNIT)
@@ -272,21 +272,6 @@ def _supervised(container_id: int, state: dict) -> Supervised:
         container_id, state["pid"], state["start_time"], state["started"], state["running"], state["ready"],
         state["exit"], state["console"],
     )  # fmt: skip
-
-
-def _keeper_lives(where: Layout) -> bool:
-    """Tell whether a keeper, or a supervisor that outlived its keeper, holds the lock of both."""
-    try:
-        lock_fd = os.open(where.keeper_lock, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock_fd)
-    return False
 
 
 def _spawn_keeper(where: Layout) -> None:

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 
+from sysctr.errors import SysctrError
 from sysctr.linux import mount, process
 from sysctr.runtime import child, wire
 from sysctr.runtime.loop import Loop
@@ -189,6 +190,12 @@ def _clone_into(flags: int, request: dict) -> "tuple[int, int]":
     cgroup_fd = os.open(into, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return process.clone(flags, cgroup_fd)
+    except OSError as error:
+        # A container's root can make its own cgroups such that they take no process.
+        raise SysctrError(
+            f"cannot start a process in the cgroup {into}: {os.strerror(error.errno).lower()}",
+            "a restart of the container gives it fresh cgroups",
+        ) from error
     finally:
         os.close(cgroup_fd)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from sysctr.linux import tty
 from sysctr.runtime import wire
+from sysctr.runtime.begin import log
 from sysctr.runtime.children import Child, clone_for_plan, clone_to_join
 from sysctr.runtime.console import notifier
 from sysctr.runtime.loop import Loop
@@ -18,6 +19,7 @@ from sysctr.runtime.loop import Loop
 _NOT_FOUND = 127
 _NOT_EXECUTABLE = 126
 _NOT_STARTED = 125
+_GROUP_PAUSE_S = 0.05
 _SIGHUP = 1
 _SIGKILL = 9
 
@@ -43,6 +45,8 @@ class Session:
         self._handed_over = False
         # The stopped container whose upper this job has mounted.
         self.volume_of: int | None = None
+        # Cgroups that were made for this job and go with it.
+        self._groups: list[str] = []
 
     @classmethod
     def resume(cls, loop: Loop, state: dict, on_end: "Callable[[Session], None]") -> "Session":
@@ -56,6 +60,7 @@ class Session:
         session._hangup_signal = state["hangup"]
         session._handed_over = state["handed_over"]
         session.volume_of = state["volume_of"]
+        session._groups = state["groups"]
         sync = socket.socket(fileno=state["sync"]) if state["sync"] >= 0 else None
         session._adopt((state["pid"], state["pidfd"], sync))
         session._child.failed = state["failure"] is not None
@@ -67,7 +72,7 @@ class Session:
             "connection": self._connection.fileno(), "clients": self._client_fds,
             "terminal": self._terminal_fd, "failure": self._failure, "hangup": self._hangup_signal,
             "handed_over": self._handed_over, "volume_of": self.volume_of, "pid": self._child.pid,
-            "pidfd": self._child.pidfd, "sync": self._child.sync_fd,
+            "pidfd": self._child.pidfd, "sync": self._child.sync_fd, "groups": self._groups,
         }  # fmt: skip
 
     @staticmethod
@@ -92,7 +97,13 @@ class Session:
         else:
             self._hangup_signal = _SIGKILL
         try:
+            for path, values in plan.get("cgroup", {}).get("make", ()):
+                self._groups.append(path)
+                _make_group(path, values)
             self._adopt(clone_for_plan(plan, stdio))
+        except BaseException:
+            _remove_groups(self._loop, self._groups)
+            raise
         finally:
             wire.close_all(stdio)
 
@@ -176,6 +187,8 @@ class Session:
             message = {"exit": _failure_code(self._failure), "error": failure_error(self._failure)}
         self._notify(message)
         self.close()
+        # A moment later: the job's first process is reaped when this returns.
+        self._loop.after(0, lambda: _remove_groups(self._loop, self._groups))
         self._on_end(self)
 
     def close(self) -> None:
@@ -194,6 +207,29 @@ class Session:
         if self._terminal_fd >= 0:
             os.close(self._terminal_fd)
             self._terminal_fd = -1
+
+
+def _make_group(path: str, values: "dict[str, str]") -> None:
+    os.mkdir(path, 0o755)
+    for name, value in values.items():
+        with open(f"{path}/{name}", "w", encoding="ascii") as file:
+            file.write(value)
+
+
+def _remove_groups(loop: Loop, paths: "list[str]", tries: int = 100) -> None:
+    """Remove the cgroups of a job that has ended; v1 lets go of its last process a moment after that."""
+    left = []
+    for path in paths:
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            left.append(path)
+            if not tries:
+                log(f"cannot remove {path}: {error}", 4)
+    if left and tries:
+        loop.after(_GROUP_PAUSE_S, lambda: _remove_groups(loop, left, tries - 1))
 
 
 def exit_code(status: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from sysctr.cgroup.detect import open_driver
 from sysctr.engine import removal
 from sysctr.engine.job import JobRunner
 from sysctr.engine.plan import Idmap
@@ -35,9 +36,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobRunner]:
     os.makedirs(f"{where.run}/stage")
     supervisor = SupervisorClient(where)
     supervisor.ensure()
-    yield JobRunner(supervisor, f"{where.run}/stage", JOB_IDMAP, b"")
+    yield JobRunner(supervisor, f"{where.run}/stage", JOB_IDMAP, b"", open_driver(where).job_plan)
     supervisor.quit()
     wait_until(lambda: not removal.service_pids(where), what="the end of the supervisor")
+    removal.remove_cgroups(where)
 
 
 @pytest.fixture
