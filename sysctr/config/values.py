@@ -17,13 +17,10 @@ FIRST_CONTAINER_ID = 100
 # The host's end of a NIC is named after the container, and an interface name has 15 characters.
 LAST_CONTAINER_ID = 9999
 LARGEST_SIZE_BYTES = 2**63 - 1
-LONGEST_DURATION_S = 10 * 366 * 86400
 MOST_CPUS = 8192
 
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,9})?)(?:([KMGTP])(?:iB|i|B)?|B)?", re.IGNORECASE)
 _SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
-_DURATION = re.compile(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s?)?")
-_DURATION_UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _TAG = re.compile(r"[a-z0-9_][a-z0-9_.+-]{0,62}")
 _TEMPLATE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
@@ -110,36 +107,6 @@ def format_size(size_bytes: int) -> str:
         if size_bytes and size_bytes % factor == 0:
             return f"{size_bytes // factor}{unit}"
     return str(size_bytes)
-
-
-def parse_duration(text: str) -> int:
-    """Read a duration in seconds.
-
-    >>> parse_duration("90"), parse_duration("1h30m")
-    (90, 5400)
-    """
-    match = _DURATION.fullmatch(text)
-    if match is None or not text:
-        raise refuse(text, "a duration such as 90s, 5m, 1h30m or 2d")
-    counts = [int(count or 0) for count in match.groups()]
-    seconds = sum(count * factor for count, (_, factor) in zip(counts, _DURATION_UNITS, strict=True))
-    if seconds > LONGEST_DURATION_S:
-        raise ConfigError(f"{shown(text)} is longer than ten years")
-    return seconds
-
-
-def format_duration(seconds: int) -> str:
-    """Write a duration.
-
-    >>> format_duration(5400), format_duration(0)
-    ('1h30m', '0s')
-    """
-    written = ""
-    for unit, factor in _DURATION_UNITS:
-        count, seconds = divmod(seconds, factor)
-        if count:
-            written += f"{count}{unit}"
-    return written or "0s"
 
 
 def parse_cpu(text: str) -> float:

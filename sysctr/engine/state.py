@@ -76,7 +76,10 @@ class Store:
         """Return one container, or raise NotFound."""
         record = None if os.path.lexists(self._mark(number)) else self._read(number)
         if record is None:
-            raise NotFound(f"cannot find container {number}", hint="`sysctr list` shows what there is")
+            raise NotFound(
+                f"cannot find container {number}: there is none of this number",
+                hint="`sysctr list` shows what there is",
+            )
         if self._renamed_by_hand(record):
             return next((other for other in self.list() if other.id == number), record)
         return record
@@ -91,7 +94,10 @@ class Store:
             return self.load(wanted)
         found = [record for record in self.list() if record.name == wanted]
         if not found:
-            raise NotFound(f"cannot find container {wanted}", hint="`sysctr list` shows what there is")
+            raise NotFound(
+                f"cannot find container {wanted}: there is none of this name",
+                hint="`sysctr list` shows what there is",
+            )
         if len(found) > 1:
             numbers = " and ".join(str(record.id) for record in found)
             raise UsageError(f"cannot tell which container is {wanted}: {numbers} have this name")

@@ -223,7 +223,7 @@ class Supervisor:
         # Taken out before anything else happens: a ticket works once, whatever comes of it.
         expires, request = self._tickets.pop(str(message.get("ticket")), (0.0, {}))
         if expires < time.monotonic():
-            raise NotFound("the ticket is unknown, used or expired")
+            raise NotFound("cannot use the ticket: it is unknown, used or expired")
         if request["kind"] == "console":
             self._attach_console(connection, self._container(request["id"]), request)
         elif request.get("plan"):

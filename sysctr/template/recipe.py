@@ -119,7 +119,7 @@ def load(reference: str, changes: Mapping[str, str] | None = None, directory: st
         if reference not in names:
             near = difflib.get_close_matches(reference, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(names)}; or give a path"
-            raise NotFound(f"no recipe {reference!r}", hint=hint)
+            raise NotFound(f"cannot find recipe {reference}: there is none of this name", hint=hint)
         path = f"{directory}/{reference}.toml"
     try:
         with open(path, "rb") as file:

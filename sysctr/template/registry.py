@@ -66,7 +66,7 @@ class Registry:
                 hint = f"there is {', '.join(names)}"
             else:
                 hint = "`sysctr template build debian-12` makes one"
-            raise NotFound(f"no template {name}", hint=hint)
+            raise NotFound(f"cannot find template {name}: there is none of this name", hint=hint)
         return self._read(name)
 
     def rootfs(self, name: str) -> str:

@@ -187,7 +187,7 @@ class Supervisor:
         self.connection.settimeout(10)
         self.tickets.append(wire.receive_plain(self.connection)["ticket"])
         if kind == "refuse":
-            error = {"code": "not-found", "message": "the ticket is unknown", "hint": ""}
+            error = {"code": "not-found", "message": "cannot use the ticket: it is unknown", "hint": ""}
             wire.send(self.connection, {"error": error})
             return {}
         if kind == "console":

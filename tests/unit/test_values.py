@@ -16,7 +16,6 @@ PARSERS = [
     values.parse_bool,
     values.parse_whole,
     values.parse_size,
-    values.parse_duration,
     values.parse_cpu,
     values.parse_cores,
     values.parse_name,
@@ -105,11 +104,6 @@ def test_sizes_go_there_and_back(size_bytes: int) -> None:
     assert values.parse_size(values.format_size(size_bytes)) == size_bytes
 
 
-@given(st.integers(0, values.LONGEST_DURATION_S))
-def test_durations_go_there_and_back(seconds: int) -> None:
-    assert values.parse_duration(values.format_duration(seconds)) == seconds
-
-
 @given(
     st.one_of(st.integers(1, 8192), st.sets(st.integers(0, 8191), min_size=1).map(lambda s: tuple(sorted(s))))
 )
@@ -145,12 +139,6 @@ def test_sizes_are_read_as_people_write_them(text: str, size_bytes: int) -> None
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         values.parse_size(text)
-
-
-@pytest.mark.parametrize("text", ["", "1h1h", "1m1h", "h", "1.5h", "99999999d", "-1"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError):
-        values.parse_duration(text)
 
 
 @pytest.mark.parametrize("text", ["", "0", "2-1", "1,", "-1", "8193", "0-8192", "a", "1;2"])
