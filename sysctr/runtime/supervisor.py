@@ -250,6 +250,7 @@ class Supervisor:
             start(session)
         except BaseException:
             self._sessions.discard(session)
+            session.let_go()
             self._watch(connection, handler)
             raise
 
