@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from sysctr.config import addresses, schedule, values
+from sysctr.config import addresses, mounts, schedule, values
 from sysctr.config.table import Kind
 from sysctr.errors import ConfigError
 
@@ -161,6 +161,13 @@ KEEP = whole_kind(0, 1000)
 MEMORY = size_kind(16 * 2**20)
 SWAP = size_kind(0)
 DISK = size_kind(16 * 2**20)
+VOLUME_SIZE = size_kind(2**20)
+VOLUME = text_kind("NAME", "a volume's name", mounts.parse_volume)
+POOL = text_kind("POOL", "the name of a pool", mounts.parse_pool)
+MODE = text_kind("MODE", "a file's permissions in octal", mounts.parse_mode)
+IDMAP = text_kind("HOST=INSIDE", "a map of ids such as 1000=1000", mounts.parse_idmap)
+# An id inside; a container with more than 65536 of them is checked when it starts.
+ID = whole_kind(0, 2**32 - 2)
 
 TAGS = list_kind(
     text_kind("TAG", "a tag", values.parse_tag, may_be_empty=False), "a list of tags", 64, unordered=True

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sysctr.config import kinds
+from sysctr.config.mounts import Device, Mount, check_mounts, device_properties, mount_properties
 from sysctr.config.table import Key, Plain, Section, Table
 from sysctr.config.values import parse_properties, shown
 from sysctr.errors import ConfigError
@@ -86,6 +87,8 @@ class Container:
     dns: Dns
     snapshot: SnapshotRules
     features: Features
+    mounts: tuple[Mount, ...]
+    devices: tuple[Device, ...]
 
 
 KEYS = (
@@ -120,6 +123,26 @@ KEYS = (
     Key("snapshot.keep_weekly", kinds.KEEP, None, "live", "weeks of which the last one is kept"),
     Key("snapshot.keep_monthly", kinds.KEEP, None, "live", "months of which the last one is kept"),
     Key("snapshot.keep_yearly", kinds.KEEP, None, "live", "years of which the last one is kept"),
+    Key("mount.N.target", kinds.PATH, "", "restart", "where it is mounted inside", written=True),
+    Key("mount.N.source", kinds.PATH, "", "restart", "path of the host to show there (a bind)"),
+    Key("mount.N.volume", kinds.VOLUME, "", "restart", "volume that containers share"),
+    Key("mount.N.tmpfs", kinds.BOOL, False, "restart", "memory, empty at each start"),
+    Key("mount.N.name", kinds.VOLUME, "disk{N}", "restart", "name of the container's own volume"),
+    Key("mount.N.pool", kinds.POOL, "", "restart", "pool of the volume; empty: the container's"),
+    Key("mount.N.size", kinds.VOLUME_SIZE, None, "restart", "most that fits into it"),
+    Key("mount.N.backup", kinds.BOOL, True, "live", "a backup has the container's own volume too"),
+    Key("mount.N.read_only", kinds.BOOL, False, "restart", "nobody inside can write there"),
+    Key("mount.N.dev", kinds.BOOL, False, "restart", "device nodes of a bind work"),
+    Key("mount.N.suid", kinds.BOOL, False, "restart", "setuid of a bind or a shared volume works"),
+    Key("mount.N.noexec", kinds.BOOL, False, "restart", "no program there can be run"),
+    Key("mount.N.idmap", kinds.IDMAP, "", "restart", "ids of a bind: 1000=1000;100-109=500, the host's first"),
+    Key("mount.N.host_root", kinds.BOOL, False, "restart", "idmap may give out the files of the host's root"),
+    Key("mount.N.mode", kinds.MODE, "", "restart", "permissions of a tmpfs; empty: 1777"),
+    Key("device.N.path", kinds.PATH, "", "restart", "device of the host", written=True),
+    Key("device.N.target", kinds.PATH, "", "restart", "where it is inside; empty: the same path"),
+    Key("device.N.mode", kinds.MODE, "0666", "restart", "permissions"),
+    Key("device.N.uid", kinds.ID, 0, "restart", "owner inside"),
+    Key("device.N.gid", kinds.ID, 0, "restart", "group inside"),
 )
 
 SECTIONS = (
@@ -130,6 +153,8 @@ SECTIONS = (
     Section("dns", "dns", Dns),
     Section("snapshot", "snapshot", SnapshotRules),
     Section("features", "features", Features),
+    Section("mount.N", "mounts", Mount),
+    Section("device.N", "devices", Device),
 )
 
 TABLE = Table(KEYS, SECTIONS, ("name",), listing="`sysctr set --help` lists the keys")
@@ -147,6 +172,7 @@ def parse_config(mapping: Mapping[str, object]) -> Container:
     """Return the container that a mapping (a file's, without its `schema`) describes, all of it checked."""
     container: Container = TABLE.read(mapping)
     _check_nets(container.nets)
+    check_mounts(container.mounts, container.devices)
     return container
 
 
@@ -168,7 +194,7 @@ def plain_changes(changes: Mapping[str, object]) -> dict[str, Plain | None]:
     plain: dict[str, Plain | None] = {}
     for name, value in changes.items():
         if TABLE.is_table(name):
-            plain.update(_net_changes(name, value))
+            plain.update(_table_changes(name, value))
             continue
         key = TABLE.find(name)
         if value in (None, "") and name in TABLE.required:
@@ -188,16 +214,33 @@ def parse_net(text: str) -> dict[str, Plain | None]:
     >>> parse_net("eth0,gw=10.0.0.1")
     {'name': 'eth0', 'gateway': '10.0.0.1'}
     """
-    columns = TABLE.columns("net.0")
+    return parse_line("net.0", text)
+
+
+def parse_line(table: str, text: str) -> dict[str, Plain | None]:
+    """Read a numbered table that is written on one line, as `net.0`, `mount.0` and `device.0` can be.
+
+    >>> parse_line("mount.0", "target=/data,size=8G"), parse_line("device.0", "fuse")
+    ({'target': '/data', 'size': '8G'}, {'path': '/dev/fuse'})
+    """
+    columns = TABLE.columns(table)
     read: dict[str, Plain | None] = {}
-    for given, value in parse_properties(text, "name").items():
+    for given, value in _PROPERTIES[table.partition(".")[0]](text).items():
         name = _NET_ALIASES.get(given, given)
         # The error of an unknown one should name what was typed and the nearest key.
-        key = columns.get(name) or TABLE.find(f"net.0.{name}")
+        key = columns.get(name) or TABLE.find(f"{table}.{name}")
         if name in read:
             raise ConfigError(f"{name} is given twice in {shown(text)}")
         read[name] = key.parse(given, value)
     return read
+
+
+def _net_properties(text: str) -> dict[str, str]:
+    return parse_properties(text, "name")
+
+
+_PROPERTIES = {"net": _net_properties, "mount": mount_properties, "device": device_properties}
+_LINES = {"net": "name=…,ip=…", "mount": "target=…,size=…", "device": "path=…,mode=…"}
 
 
 def diff_live(old: Container, new: Container) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -217,17 +260,21 @@ def refuse_fixed(old: Container, new: Container) -> None:
             )
 
 
-def _net_changes(name: str, value: object) -> dict[str, Plain | None]:
-    """Return the changes of a whole card: None or an empty text removes it, anything else replaces parts."""
+def _table_changes(name: str, value: object) -> dict[str, Plain | None]:
+    """Return the changes of a whole card, mount point or device.
+
+    None or an empty text removes it, anything else replaces parts.
+    """
     if value is None or value == "":
         return {name: None}
     if isinstance(value, str):
         try:
-            value = parse_net(value)
+            value = parse_line(name, value)
         except ConfigError as error:
             raise ConfigError(f"cannot accept {name}: {error.message}", error.hint) from None
     if not isinstance(value, Mapping):
-        raise ConfigError(f"cannot accept {name} = {shown(value)}: expected name=…,ip=… or a table")
+        usage = _LINES[name.partition(".")[0]]
+        raise ConfigError(f"cannot accept {name} = {shown(value)}: expected {usage} or a table")
     return plain_changes({f"{name}.{key}": item for key, item in value.items()})
 
 

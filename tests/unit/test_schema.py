@@ -284,9 +284,12 @@ def test_every_key_is_documented_and_has_a_field() -> None:
         assert not key.doc.endswith(".")
         assert key.live in table.LIVE
         assert key.usage.startswith(f"{key.name}=")
-    full = parse_config({"name": "demo", "net": {"0": {}}, "environment": {"A": "1"}})
+    numbered = {"net": {}, "mount": {"target": "/data"}, "device": {"path": "/dev/fuse"}}
+    full = parse_config(
+        {"name": "demo", "environment": {"A": "1"}, **{name: {"0": one} for name, one in numbered.items()}}
+    )
     dotted = {
-        name.replace("net.0", "net.N").replace("environment.A", "environment.NAME")
+        name.replace(".0.", ".N.").replace("environment.A", "environment.NAME")
         for name in schema.TABLE.flat(full)
     }
     assert dotted == set(names)
