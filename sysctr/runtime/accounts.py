@@ -7,15 +7,18 @@ import os
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LIMIT_BYTES = 4 << 20
+_PASSWD = "/etc/passwd"
+_GROUP = "/etc/group"
 
 
 def find_user(name: str) -> dict:
     """Look a user up by name or number, optionally as `user:group`; raises LookupError for an unknown one."""
     wanted, _, wanted_group = name.partition(":")
-    entry = next((e for e in _passwd() if e[0] == wanted or (wanted.isdigit() and e[2] == wanted)), None)
-    if entry is None and not wanted.isdigit() and wanted != "root":
+    by_number = _is_id(wanted)
+    entry = next((e for e in _passwd() if e[0] == wanted or (by_number and e[2] == wanted)), None)
+    if entry is None and not by_number and wanted != "root":
         raise LookupError(f"no user {wanted!r} in the container")
-    uid = int(entry[2]) if entry else int(wanted) if wanted.isdigit() else 0
+    uid = int(entry[2]) if entry else int(wanted) if by_number else 0
     gid = int(entry[3]) if entry else uid
     account = entry[0] if entry else wanted
     groups = [int(g[2]) for g in _group() if account in g[3].split(",")]
@@ -31,7 +34,7 @@ def find_user(name: str) -> dict:
 
 def find_group(name: str) -> int:
     """Look a group up by name or number; raises LookupError for an unknown name."""
-    if name.isdigit():
+    if _is_id(name):
         return int(name)
     for row in _group():
         if row[0] == name:
@@ -40,14 +43,15 @@ def find_group(name: str) -> int:
 
 
 def _passwd() -> "list[list[str]]":
-    return [row for row in _read_table("/etc/passwd", 7) if _is_id(row[3])]
+    return [row for row in _read_table(_PASSWD, 7) if _is_id(row[3])]
 
 
 def _group() -> "list[list[str]]":
-    return _read_table("/etc/group", 4)
+    return _read_table(_GROUP, 4)
 
 
 def _is_id(text: str) -> bool:
+    # Not isdigit() alone: that is true of ² too, of which int() makes nothing.
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
@@ -63,5 +67,6 @@ def _read_table(path: str, columns: int) -> "list[list[str]]":
         return []
     finally:
         os.close(fd)
-    rows = [line.split(":") for line in text.splitlines()]
+    # A line ends where the C library ends it; splitlines() would see one in a form feed, too.
+    rows = [line.split(":") for line in text.split("\n")]
     return [row for row in rows if len(row) >= columns and _is_id(row[2])]

@@ -8,6 +8,14 @@ from typing import Protocol
 from sysctr.errors import SysctrError, UsageError
 
 SCHEMA = 1
+# What the fields of a record are that are no texts.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "created": (int,),
+    "source": (dict,),
+    "size_bytes": (int,),
+    "labels": (dict,),
+    "packages": (int, type(None)),
+}
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -61,7 +69,7 @@ class Template:
 
 def template_from_dict(data: dict[str, object]) -> Template:
     """Read a record back; raises ValueError when it is not one."""
-    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+    if not isinstance(data, dict) or type(data.get("schema")) is not int:
         raise ValueError("no schema number")
     if data["schema"] > SCHEMA:
         raise SysctrError(
@@ -70,9 +78,15 @@ def template_from_dict(data: dict[str, object]) -> Template:
         )
     try:
         values = {known.name: data[known.name] for known in fields(Template)}
+        for name, value in values.items():
+            if type(value) not in _TYPES.get(name, (str,)):
+                raise ValueError(f"field {name!r}")
         values["source"] = Source(**values["source"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"field {error}") from error
+    texts = (*asdict(values["source"]).values(), *values["labels"].values())
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("field 'source' or 'labels'")
     return Template(**values)
 
 

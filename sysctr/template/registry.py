@@ -189,7 +189,7 @@ class Registry:
         try:
             with open(path, "rb") as file:
                 template = template_from_dict(json.loads(file.read(_RECORD_MAX_BYTES)))
-        except (ValueError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise SysctrError(
                 f"cannot use template {name}: {path} is damaged ({error})",
                 hint=f"`sysctr template remove {name}`, then build or import it again",
