@@ -104,19 +104,32 @@ def setup(sync: socket.socket, program: dict) -> None:
     """Write what makes a container its owner's: files, keys, passwords.
 
     program: files ([{path, text, mode}]), append ([{path, line, mode}]), passwords ({user: hash}), remove
-    ([path]); every part is optional. Running it twice changes nothing more.
+    ([path], a `*` at its end stands for anything); every part is optional. Running it twice changes nothing
+    more.
     """
     for path in program.get("remove", ()):
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
+        for found in _named(path):
+            try:
+                os.unlink(found)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                pass
     for entry in program.get("files", ()):
         _write(entry["path"], entry["text"], entry.get("mode", 0o644))
     for entry in program.get("append", ()):
         _append_line(entry["path"], entry["line"], entry.get("mode", 0o600))
     if program.get("passwords"):
         _set_passwords(program["passwords"])
+
+
+def _named(path: str) -> "list[str]":
+    """Return the path, or where it ends in `*` those of its directory that begin as it does."""
+    if not path.endswith("*"):
+        return [path]
+    directory, _, beginning = path[:-1].rpartition("/")
+    try:
+        return [f"{directory}/{name}" for name in os.listdir(directory) if name.startswith(beginning)]
+    except OSError:
+        return []
 
 
 def _is_directory(path: str) -> bool:
