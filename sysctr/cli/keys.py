@@ -44,7 +44,7 @@ KEYS = (
     ("mount.N.dev=BOOL", "restart", "device nodes of a bind work"),
     ("mount.N.suid=BOOL", "restart", "setuid of a bind or a shared volume works"),
     ("mount.N.noexec=BOOL", "restart", "no program there can be run"),
-    ("mount.N.idmap=HOST=INSIDE", "restart", "ids of a bind: 1000=1000;100-109=500, the host's first"),
+    ("mount.N.idmap=HOST=INSIDE", "restart", "ids of a bind, the host's first: 1000=1000;5-9=500"),
     ("mount.N.host_root=BOOL", "restart", "idmap may give out the files of the host's root"),
     ("mount.N.mode=MODE", "restart", "permissions of a tmpfs; empty: 1777"),
     ("device.N.path=PATH", "restart", "device of the host"),

@@ -129,8 +129,9 @@ def parse_mode(text: str) -> str:
 
 
 def parse_idmap(text: str) -> str:
-    """Read which ids of the host show as which inside: HOST=INSIDE, HOST-LAST=INSIDE, for users or groups only
-    with u: or g: before it, several with `;` between them. Proxmox's u:INSIDE:HOST:COUNT is understood.
+    """Read which ids of the host show as which inside: HOST=INSIDE or HOST-LAST=INSIDE, `;` between them.
+
+    With u: or g: before it a pair is for users or groups only. Proxmox's u:INSIDE:HOST:COUNT is understood.
 
     >>> parse_idmap("1000=1000"), parse_idmap("u:33=1000; g:100-109=100"), parse_idmap("u:0:1000:1")
     ('1000=1000', 'u:33=1000;g:100-109=100', 'u:1000=0')

@@ -135,7 +135,7 @@ KEYS = (
     Key("mount.N.dev", kinds.BOOL, False, "restart", "device nodes of a bind work"),
     Key("mount.N.suid", kinds.BOOL, False, "restart", "setuid of a bind or a shared volume works"),
     Key("mount.N.noexec", kinds.BOOL, False, "restart", "no program there can be run"),
-    Key("mount.N.idmap", kinds.IDMAP, "", "restart", "ids of a bind: 1000=1000;100-109=500, the host's first"),
+    Key("mount.N.idmap", kinds.IDMAP, "", "restart", "ids of a bind, the host's first: 1000=1000;5-9=500"),
     Key("mount.N.host_root", kinds.BOOL, False, "restart", "idmap may give out the files of the host's root"),
     Key("mount.N.mode", kinds.MODE, "", "restart", "permissions of a tmpfs; empty: 1777"),
     Key("device.N.path", kinds.PATH, "", "restart", "device of the host", written=True),
