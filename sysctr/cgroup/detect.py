@@ -18,6 +18,7 @@ class Mounts:
     """Where the cgroup file systems are."""
 
     unified: str | None
+    # By mount point; the name of a hierarchy without controllers stands for one ("name=systemd").
     v1: tuple[tuple[str, frozenset[str]], ...]
 
 
@@ -38,8 +39,11 @@ def find_mounts(mountinfo: str) -> Mounts:
         if fstype == "cgroup2":
             # Some host tools mount a second one; the first is the one that everybody uses.
             unified = unified or target
-        elif controllers := frozenset(options.split(",")) & _V1_CONTROLLERS:
-            v1.setdefault(controllers, target)
+            continue
+        given = options.split(",")
+        named = [option for option in given if option in _V1_CONTROLLERS or option.startswith("name=")]
+        if named and fstype == "cgroup":
+            v1.setdefault(frozenset(named), target)
     return Mounts(unified, tuple((path, controllers) for controllers, path in v1.items()))
 
 
@@ -59,4 +63,5 @@ def open_driver(layout) -> Driver:
     hierarchies = [
         Hierarchy(path, controllers, layout.cgroup) for path, controllers in mounts.v1 if controllers & WANTED
     ]
-    return Hybrid(unified, hierarchies) if hierarchies else unified
+    others = [f"{path}/{layout.cgroup}" for path, controllers in mounts.v1 if not controllers & WANTED]
+    return Hybrid(unified, hierarchies, others) if mounts.v1 else unified

@@ -4,6 +4,10 @@ Every container gets a directory in each v1 hierarchy of `v1.WANTED`, with a lim
 0.1 ms each at the start, all counters are there, and a limit set later works at once: adding the directory to
 a running container would mean moving its processes while they fork. The expensive part, moving a process,
 costs one grace period for all hierarchies together, or nothing (see Placement).
+
+In each of the other v1 hierarchies (freezer, devices, name=systemd, …) all containers are in one directory.
+It limits nothing. But a container's root may mount any v1 hierarchy, and sees it from where its cgroup
+namespace began: for a process that was never moved that is the host's root, with the names of all services.
 """
 
 import contextlib
@@ -30,8 +34,11 @@ _FIELDS = {
 class Hybrid(base.Counter):
     """Containers in v1 hierarchies and a cgroup2 tree at once."""
 
-    def __init__(self, unified: Unified, hierarchies: Iterable[Hierarchy]) -> None:
+    def __init__(
+        self, unified: Unified, hierarchies: Iterable[Hierarchy], others: Iterable[str] = ()
+    ) -> None:
         self.unified = unified
+        self._others = tuple(others)
         self.hierarchies = tuple(h for h in hierarchies if h.controllers & v1.WANTED)
         self._by_controller = {name: h for h in self.hierarchies for name in h.controllers}
         self._cores: Cores | None = None
@@ -69,6 +76,7 @@ class Hybrid(base.Counter):
             if not self._prepared:
                 for hierarchy in self.hierarchies:
                     hierarchy.prepare()
+                self._others = tuple(path for path in self._others if _made(path))
                 self._prepared = True
 
     def create(self, ct_id: int, limits: Limits, root_uid: int, root_gid: int | None = None) -> Placement:
@@ -114,7 +122,7 @@ class Hybrid(base.Counter):
         return self._with_v1(ct_id, self.unified.exec_placement(ct_id))
 
     def _with_v1(self, ct_id: int, placement: Placement) -> Placement:
-        directories = tuple(h.path(ct_id) for h in self.hierarchies)
+        directories = (*(h.path(ct_id) for h in self.hierarchies), *self._others)
         return Placement(
             procs=(*directories, *placement.procs),
             into=placement.into,
@@ -192,8 +200,8 @@ class Hybrid(base.Counter):
         """Remove our directory from every tree; refused while a container has a cgroup there."""
         self.unified.destroy_root()
         self._prepared = self._jobs_prepared = False
-        for hierarchy in self.hierarchies:
-            files.remove_root(hierarchy.root)
+        for path in (*(hierarchy.root for hierarchy in self.hierarchies), *self._others):
+            files.remove_root(path)
 
     def _usage(self, ct_id: int) -> Usage:
         by = self._by_controller
@@ -231,6 +239,17 @@ class Hybrid(base.Counter):
             refused = files.flat(files.read(f"{pids.path(ct_id)}/pids.events"))
             events = replace(events, pids_refused=refused.get("max", 0))
         return events
+
+
+def _made(path: str) -> bool:
+    """Make a directory for all containers; False in a hierarchy that takes none, as one mounted read-only."""
+    try:
+        files.make_directory(path, 0o755)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def _swap_bytes(path: str, used_bytes: int) -> int:

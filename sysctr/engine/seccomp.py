@@ -123,6 +123,12 @@ RULES = (
     ),
     # Before the rules for socket: from each of them libseccomp derives one for socketcall(SYS_SOCKET) that
     # looks at no family, and the first of them counts.
+    #
+    # LXC, Incus and nspawn let socketcall pass, and with it every family. Docker refused it from moby#52494
+    # on and gave that up within a week, for programs of 32 bits, in favour of AppArmor's "deny network alg"
+    # (moby#52552). Not every host of ours has AppArmor, and what AF_ALG wrote to were pages that all
+    # containers of a template share. Guests of 32 bits cannot be made here (a template has the host's
+    # architecture), so what this costs is the network of old 32-bit programs in a 64-bit guest: it stays.
     Rule(
         ("socketcall",),
         errno.ENOSYS,

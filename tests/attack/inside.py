@@ -50,8 +50,13 @@ class Inside:
                 os.setresuid(0, 0, 0)
                 process.setns(init_fd, _NAMESPACES)
                 os.close(init_fd)
+                # The pid has to be the first line: the attack begins when the gate's last writer is gone.
+                gate_reader, gate_writer = os.pipe()
                 pid = os.fork()
                 if pid == 0:
+                    os.close(gate_writer)
+                    os.read(gate_reader, 1)
+                    os.close(gate_reader)
                     _attack(attack, uid, writer)
                 os.write(writer, f"{pid}\n".encode())
                 os._exit(0)

@@ -155,6 +155,31 @@ def test_sockets_and_state_are_roots_alone(shared_host: Node) -> None:
         assert os.stat(path).st_uid == 0
 
 
+def test_no_hierarchy_shows_the_hosts_cgroups(shared_host: Node) -> None:
+    """Its root may mount every v1 hierarchy, and sees it from the root of its cgroup namespace."""
+    host = shared_host
+    ref = create(host)
+    program = host.popen("exec", ref, "--", "sleep", "1000")
+    init = init_pid(host, ref)
+    wait_until(lambda: len(processes(init)) > 1, what="a program beside init")
+    for pid in processes(init):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            assert line.split(":", 2)[2].startswith(f"/{host.layout.cgroup}"), (pid, line)
+    program.kill()
+    host.run("destroy", ref, "--force", "--yes")
+
+
+def processes(init: int) -> list[int]:
+    """Return the processes in the pid namespace of an init."""
+    namespace = os.readlink(f"/proc/{init}/ns/pid")
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{entry}/ns/pid") == namespace:
+                found.append(int(entry))
+    return found
+
+
 def test_limits_cannot_be_raised_from_inside(shared_host: Node) -> None:
     host = shared_host
     ref = create(host, "--memory", "64M", "--set", "limits.pids=100", start=True)

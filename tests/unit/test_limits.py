@@ -45,6 +45,7 @@ def test_a_hybrid_host_has_a_tree_for_each_v1_hierarchy() -> None:
         "/sys/fs/cgroup/cpu,cpuacct": {"cpu", "cpuacct"},
         "/sys/fs/cgroup/me mory": {"memory"},
         "/sys/fs/cgroup/freezer": {"freezer"},
+        "/sys/fs/cgroup/systemd": {"name=systemd"},
     }
 
 
@@ -173,6 +174,7 @@ def test_a_host_without_cgroup2_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_driver_follows_the_mounts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "find_mounts", lambda text: detect.Mounts("/sys/fs/cgroup", ()))
     assert type(detect.open_driver(Layout)).__name__ == "Unified"
+    # No limits there, but a root that containers must not see.
     v1_freezer = (("/sys/fs/cgroup/freezer", frozenset({"freezer"})),)
     monkeypatch.setattr(detect, "find_mounts", lambda text: detect.Mounts("/sys/fs/cgroup", v1_freezer))
-    assert type(detect.open_driver(Layout)).__name__ == "Unified"
+    assert type(detect.open_driver(Layout)).__name__ == "Hybrid"
