@@ -101,11 +101,42 @@ def run(argv: "list[str]") -> int:
         return command.run(arguments, client) or 0
 
 
+# What LXC, Incus, Proxmox VE, Docker and people call what is called otherwise here.
+_ELSEWHERE = {
+    "ls": "list",
+    "ps": "list",
+    "show": "info",
+    "inspect": "info",
+    "new": "create",
+    "launch": "create --start",
+    "run": "create --start",
+    "rm": "destroy",
+    "delete": "destroy",
+    "remove": "destroy",
+    "restart": "reboot",
+    "kill": "stop --kill",
+    "attach": "enter",
+    "shell": "enter",
+    "login": "enter",
+    "suspend": "freeze",
+    "pause": "freeze",
+    "resume": "thaw",
+    "unfreeze": "thaw",
+    "unpause": "thaw",
+    "monitor": "events",
+    "move": "rename",
+    "cp": "push",
+    "unprotect": "protect --off",
+}
+
+
 def unknown(name: str, rest: "list[str]") -> errors.UsageError:
     """Return the error for a command that does not exist, with the nearest one that does."""
     import difflib
 
     typed = f"{name} {rest[0]}" if name in FAMILIES and rest else name
+    if meant := _ELSEWHERE.get(typed):
+        return errors.UsageError(f"cannot run `{typed}`: no such command", f"here it is `sysctr {meant}`")
     near = difflib.get_close_matches(typed, [known for known in COMMANDS if known[0] != "_"], n=1, cutoff=0.5)
     hint = f"did you mean `sysctr {near[0]}`?" if near else "see `sysctr help`"
     return errors.UsageError(f"cannot run `{typed}`: no such command", hint)

@@ -42,7 +42,9 @@ def assignment(text: str, option: str) -> "tuple[str, str]":
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise errors.UsageError(f"cannot use {option} {text}: it is not of the form NAME=VALUE")
+        form = "KEY=VALUE" if option == "set" else "NAME=VALUE"
+        verb = "set" if option == "set" else f"use {option}"
+        raise errors.UsageError(f"cannot {verb} {text}: it is not of the form {form}")
     return key.strip(), value
 
 

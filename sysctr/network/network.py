@@ -169,6 +169,15 @@ class Network:
         self._addresses.release(ct_id, nic)
         self._publish(ct_id)
 
+    def forget_others(self, ct_id: int, nics: Iterable[Nic]) -> None:
+        """Give back what a container holds for cards that were taken out, or need no address of ours now."""
+        kept = {
+            nic.index for nic in nics if nic.ip != "manual" and (nic.bridge or self.bridge) == self.bridge
+        }
+        for index, _, _ in self._addresses.lease(ct_id).nics:
+            if index not in kept:
+                self.release(ct_id, index)
+
     def addresses(self, ct_id: int) -> tuple[str, ...]:
         """Return the addresses that a container's NICs hold, by the NICs' order."""
         return tuple(ip for _, ip, _ in self._addresses.lease(ct_id).nics)

@@ -286,7 +286,10 @@ def _report(sync: socket.socket, error: BaseException, program: dict) -> None:
         number, total, description, reason, code = error.args
         message = {"step": number, "of": total, "description": description, "reason": reason, "errno": code}
     else:
-        message = {"reason": f"cannot {_purpose(program)}: {_reason(error)}", "errno": _errno(error)}
+        purpose, reason = _purpose(program), _reason(error)
+        if isinstance(error, OSError) and error.filename and purpose.endswith(f" {error.filename}"):
+            reason = reason.removesuffix(f": {error.filename}")  # it is named already
+        message = {"reason": f"cannot {purpose}: {reason}", "errno": _errno(error)}
     try:
         wire.send(sync, {"failed": message})
     except (OSError, wire.WireError):

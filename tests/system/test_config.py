@@ -208,3 +208,17 @@ def test_tasks_are_listed_shown_and_cancelled(host: Node) -> None:
     assert host.state(name) == "running"
     host.run("stop", "--kill", name)
     assert host.run("task", "list", "-q").out.split()[-1] != waiting
+
+
+def test_a_card_that_is_taken_out_gives_its_address_back(shared_host: Node) -> None:
+    name = create(shared_host, start=False)
+    [address] = shared_host.json("info", name)["addresses"]
+    shared_host.run("set", name, "net.0=")
+    assert shared_host.json("info", name)["addresses"] == []
+    shared_host.run("set", name, f"net.0=name=eth0,ip={address}/24")
+    shared_host.run("start", name)
+    shared_host.run("set", name, "net.0=")
+    assert shared_host.json("info", name)["addresses"] == [address], "it runs with it until its restart"
+    shared_host.run("reboot", name)
+    assert shared_host.json("info", name)["addresses"] == []
+    shared_host.run("destroy", "--yes", "--force", name)
