@@ -14,6 +14,7 @@ from sysctr.engine.changes import Changes
 from sysctr.engine.creation import Creation
 from sysctr.engine.doors import Doors
 from sysctr.engine.events import Bus
+from sysctr.engine.history import History
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.live import Live
@@ -44,6 +45,7 @@ class Engine:
         self._host = Host(where, bus, tasks, self._on_exit)
         self._lifecycle = Lifecycle(self._host)
         self._creation = Creation(self._host, self._lifecycle)
+        self.history = History(self._host, self._lifecycle, self._creation)
         self._view = View(self._host)
         self._doors = Doors(self._host)
         self._changes = Changes(self._host)
@@ -69,11 +71,14 @@ class Engine:
         for number in host.cgroups.list_ids():
             if number not in known or not host.live.running(number):
                 self._lifecycle.quietly(host.cgroups.destroy, number)
+        to_start = self.history.settle()
         # Last: it may start a container that asked for a reboot, whose cgroup and link are no leftovers.
         host.live.follow()
+        self.history.open(to_start)
 
     def close(self) -> None:
         """Let go; containers run on."""
+        self.history.close()
         self._host.close()
 
     def reload(self) -> None:

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,8 @@ class Store:
         self._held: dict[int, int] = {}
         self._configs: dict[int, tuple[Signature, str, Container | None, str]] = {}
         self._saved: dict[int, tuple[Signature, Saved]] = {}
+        # Told of every container whose record or configuration was written, when no lock is held any more.
+        self.on_saved: Callable[[int], None] = lambda number: None
         with _saying("make the state directories"):
             for path in (layout.container_configs, layout.containers, self._reserved):
                 os.makedirs(path, 0o700, exist_ok=True)
@@ -148,6 +150,26 @@ class Store:
             self._write_record(record)
             self._write_config(record.id, record.config_text)
             self._let_go(record.id)
+        self.on_saved(record.id)
+
+    def restore(self, saved: Saved, text: str, *, dry_run: bool = False) -> "list[str]":
+        """Write what is missing of a container that only its volume remembers; return what that is.
+
+        What exists is not changed. It keeps its block of ids unless another has got that meanwhile.
+        """
+        number, path = saved.id, f"{self.layout.container_dir(saved.id)}/record.json"
+        with self._locked(f"recover {number}"):
+            has_record = os.path.lexists(path)
+            has_config = os.path.lexists(self.layout.container_config(number))
+            missing = [name for name, there in (("record", has_record), ("config", has_config)) if not there]
+            if missing and not dry_run:
+                self._refuse_name(parse_config(toml.read_container(text)).name, number)
+                os.makedirs(self.layout.container_dir(number), 0o700, exist_ok=True)
+                if not has_config:
+                    self._write_config(number, text)
+                if not has_record:
+                    self._write_record(self._with_free_ids(saved))
+        return missing
 
     def release(self, number: int) -> None:
         """Undo a reservation, ours or a stale one, with all that was recorded under it."""
@@ -189,6 +211,7 @@ class Store:
                 record.usable("change")
             record = replace(record, **changes)
             self._write_record(record)
+        self.on_saved(number)
         return record
 
     def save_config(self, number: int, text: str, digest: str | None = None) -> Record:
@@ -206,7 +229,12 @@ class Store:
             saved = self._saved_record(number)
             if saved and saved.name != config.name:
                 self._write_record(replace(saved, name=config.name))
-            return self.load(number)
+        self.on_saved(number)
+        return self.load(number)
+
+    def reserved(self) -> "set[int]":
+        """Return the numbers that creations and removals hold."""
+        return _numbers(self._reserved)
 
     @contextlib.contextmanager
     def _locked(self, action: str) -> Iterator[None]:
@@ -276,6 +304,16 @@ class Store:
                 yield IdRange(saved.idmap_first, saved.idmap_count)
             elif block := self._noted_ids(number):
                 yield block
+
+    def _with_free_ids(self, saved: Saved) -> Saved:
+        own = IdRange(saved.idmap_first, saved.idmap_count)
+        used = [*self._used_ids(saved.id)]
+        inside = any(r.first <= own.first and own.end <= r.end for r in self.pool.ranges())
+        if not inside or any(own.overlaps(other) for other in used):
+            own = self.pool.allocate(used, saved.idmap_count)
+        with open(f"{self.layout.container_dir(saved.id)}/idmap", "w", encoding="ascii") as file:
+            file.write(f"{own.first} {own.count}\n")
+        return replace(saved, idmap_first=own.first)
 
     def _noted_ids(self, number: int) -> IdRange | None:
         try:
