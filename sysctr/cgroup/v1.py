@@ -185,7 +185,7 @@ def _kill_members(path: str) -> None:
         try:
             if pid in files.read(f"{path}/cgroup.procs").split():
                 process.pidfd_send_signal(pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        except OSError:
+            pass  # it ended meanwhile
         finally:
             os.close(pidfd)
