@@ -4,9 +4,15 @@ from collections.abc import Callable
 
 from sysctr.errors import UsageError
 from sysctr.storage.base import Driver
+from sysctr.storage.btrfs import BtrfsDriver
+from sysctr.storage.loop import LoopDriver
 from sysctr.storage.overlay import OverlayDriver
 
-DRIVERS: dict[str, Callable[[str, str], Driver]] = {"overlay": OverlayDriver}
+DRIVERS: dict[str, Callable[[str, str], Driver]] = {
+    "overlay": OverlayDriver,
+    "btrfs": BtrfsDriver,
+    "loop": LoopDriver,
+}
 
 
 def open_driver(kind: str, directory: str, run_directory: str) -> Driver:

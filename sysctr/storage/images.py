@@ -17,7 +17,7 @@ import re
 import struct
 from collections.abc import Iterator
 
-from sysctr.errors import NoSpace, NotFound, Refused, SysctrError, UsageError, WrongState
+from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
 from sysctr.linux import mount as mounts
 from sysctr.linux import process
 from sysctr.storage import tree
@@ -33,7 +33,6 @@ _BLOCK_BYTES = 4096
 _BYTES_PER_INODE = 8192
 # mke2fs takes up to 1 GiB, which is allocated at once.
 _MAX_JOURNAL_MIB = 64
-_TIMEOUT_S = 24 * 3600.0
 
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_SET_CAPACITY = 0x4C07
@@ -53,8 +52,11 @@ _FICLONE = 0x40049409
 _FIFREEZE = 0xC0045877
 _FITHAW = 0xC0045878
 
-# Of the superblock, which begins at 1024: s_feature_incompat, and the bit that says "replay my journal".
-_INCOMPATIBLE_AT = 1024 + 0x60
+# Of the superblock: s_magic, s_state, and s_feature_incompat with the bit that says "replay my journal".
+_SUPERBLOCK_AT = 1024
+_MAGIC_AT, _STATE_AT, _INCOMPATIBLE_AT = 0x38, 0x3A, 0x60
+_MAGIC = b"\x53\xef"
+_HAS_ERRORS = 0x2
 _NEEDS_RECOVERY = 0x4
 
 
@@ -97,8 +99,8 @@ def mount(path: str, directory: str, *, read_only: bool = False) -> None:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         if mounted(directory):
             return
-        if read_only and needs_replay(path) and not held(path):
-            replay(path)
+        if not held(path):
+            settle(path)
         device_fd = _device(path, read_only=read_only)
         try:
             device = os.readlink(f"/proc/self/fd/{device_fd}")
@@ -159,7 +161,8 @@ def grow(path: str, directory: str | None, size_bytes: int) -> None:
     check_size(doing, size_bytes)
     size_bytes = size_bytes // _BLOCK_BYTES * _BLOCK_BYTES
     try:
-        before = os.stat(path).st_size
+        # The file can be larger than its file system, if a crash came between the two.
+        before = size_of(path)
         if size_bytes < before:
             raise UsageError(f"cannot {doing}: {_mib(size_bytes)} is less than the {_mib(before)} it has")
         os.truncate(path, size_bytes)
@@ -170,7 +173,7 @@ def grow(path: str, directory: str | None, size_bytes: int) -> None:
             else:
                 _grow_mounted(directory, doing)
         except BaseException:
-            # A file system that is smaller than its file is whole, and so is what is cut off: a hole.
+            # What is cut off is a hole, as the file system did not grow into it.
             if size_of(path) <= before:
                 os.truncate(path, before)
                 if directory is not None:
@@ -241,29 +244,39 @@ def least_size_bytes(path: str) -> int:
 
 def size_of(path: str) -> int:
     """Return the size of the file system in an image, which a crash can leave smaller than the file."""
-    with open(path, "rb") as image:
-        image.seek(1024)
-        block = image.read(1024)
+    try:
+        with _opened_devices(path) as device_fds, open(path, "rb") as image:
+            # A mounted one writes its superblock to the file when it likes.
+            block = os.pread(device_fds[0] if device_fds else image.fileno(), 1024, _SUPERBLOCK_AT)
+    except OSError as error:
+        raise tree.explain(error, f"read the disk {path}", os.path.dirname(path)) from error
+    if len(block) < 1024 or block[_MAGIC_AT : _MAGIC_AT + 2] != _MAGIC:
+        raise SysctrError(f"cannot read the disk {path}: it is damaged")
     low, high = struct.unpack_from("<I", block, 4)[0], struct.unpack_from("<I", block, 0x150)[0]
     return (high << 32 | low) * _BLOCK_BYTES
 
 
-def needs_replay(path: str) -> bool:
-    """Tell whether an image was not unmounted in order: its journal holds the last changes."""
+def settle(path: str) -> None:
+    """Bring the last changes from the journal into the file system of an image that is not mounted.
+
+    Only what was not unmounted in order (the host crashed) has any. What the kernel found wrong is repaired.
+    """
     with open(path, "rb") as image:
-        image.seek(_INCOMPATIBLE_AT)
-        return bool(struct.unpack("<I", image.read(4))[0] & _NEEDS_RECOVERY)
-
-
-def replay(path: str) -> None:
-    """Bring the last changes from the journal into the file system of an image that is not mounted."""
-    _run(["e2fsck", "-E", "journal_only", "-y", path], f"repair the disk {path}", path, accept=(0, 1))
+        block = os.pread(image.fileno(), 1024, _SUPERBLOCK_AT)
+    doing = f"repair the disk {path}"
+    if len(block) < 1024 or block[_MAGIC_AT : _MAGIC_AT + 2] != _MAGIC:
+        raise SysctrError(f"cannot {doing}: it is damaged")
+    if struct.unpack_from("<H", block, _STATE_AT)[0] & _HAS_ERRORS:
+        _check(path, doing)
+    elif struct.unpack_from("<I", block, _INCOMPATIBLE_AT)[0] & _NEEDS_RECOVERY:
+        _run(["e2fsck", "-E", "journal_only", "-y", path], doing, path, accept=(0, 1))
 
 
 def copy(source: str, target: str) -> None:
     """Copy an image to a path where nothing is; blocks are shared where the file system can, holes stay.
 
-    Raises NoSpace or SysctrError; then there is no `target`.
+    Of a mounted one the copy is only good while it is `frozen`. Raises NoSpace or SysctrError; then there is
+    no `target`.
     """
     doing = f"copy the disk {source}"
     with _new_file(target, doing) as target_fd:
@@ -357,17 +370,7 @@ def _new_file(path: str, doing: str) -> Iterator[int]:
 
 
 def _run(argv: list[str], doing: str, path: str, accept: tuple[int, ...] = (0,)) -> process.Completed:
-    try:
-        return process.run(argv, timeout_s=_TIMEOUT_S, accept=accept)
-    except process.ProgramFailed as error:
-        # None of these programs has an exit status for it.
-        if "No space left on device" in error.message:
-            directory = os.path.dirname(path)
-            raise NoSpace(
-                f"cannot {doing}: no space left on {directory}", hint=f"see `df {directory}`"
-            ) from error
-        hint = "install the package e2fsprogs" if "is not installed" in error.message else ""
-        raise SysctrError(f"cannot {doing}: {error.message}", hint) from error
+    return tree.run_tool(argv, doing, os.path.dirname(path), "e2fsprogs", accept)
 
 
 def _device(path: str, *, read_only: bool) -> int:

@@ -11,6 +11,7 @@ import os
 import secrets
 import stat
 import threading
+from collections.abc import Callable
 
 from sysctr.errors import NoSpace, Refused, SysctrError
 from sysctr.linux import process
@@ -37,6 +38,23 @@ def explain(error: OSError, doing: str, directory: str) -> SysctrError:
         return SysctrError(f"cannot {doing}: input/output error on {directory}", hint="see `dmesg`")
     reason = (error.strerror or str(error)).lower()
     return SysctrError(f"cannot {doing}: {error.filename or directory}: {reason}")
+
+
+def run_tool(
+    argv: list[str], doing: str, directory: str, package: str, accept: tuple[int, ...] = (0,)
+) -> process.Completed:
+    """Run a program that works on the file system of `directory`, however long it takes.
+
+    Raises NoSpace, or SysctrError with the program's last words.
+    """
+    try:
+        return process.run(argv, timeout_s=_WALK_TIMEOUT_S, accept=accept)
+    except process.ProgramFailed as error:
+        # No program has an exit status for it.
+        if any(os.strerror(number) in error.message for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise explain(OSError(errno.ENOSPC, ""), doing, directory) from error
+        hint = f"install the package {package}" if "is not installed" in error.message else ""
+        raise SysctrError(f"cannot {doing}: {error.message}", hint) from error
 
 
 def ensure_directory(path: str, mode: int = 0o700) -> None:
@@ -101,8 +119,9 @@ def delete(path: str) -> None:
 class Trash:
     """A directory that trees are renamed into, so that taking one away is over at once."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, delete: Callable[[str], None] = delete) -> None:
         self.directory = directory
+        self._delete = delete
         self._emptying = threading.Lock()
 
     def throw(self, path: str) -> None:
@@ -113,12 +132,12 @@ class Trash:
         except FileNotFoundError:
             if not os.path.lexists(path):
                 return
-            delete(path)  # the trash itself is missing
+            self._delete(path)  # the trash itself is missing
         except OSError as error:
             # A full disk may have no block for the new directory entry (btrfs): deleting needs none.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EXDEV):
                 raise
-            delete(path)
+            self._delete(path)
 
     def empty(self) -> None:
         """Delete everything thrown away so far; a second caller returns at once."""
@@ -128,7 +147,7 @@ class Trash:
             with contextlib.suppress(FileNotFoundError):
                 for name in os.listdir(self.directory):
                     try:
-                        delete(f"{self.directory}/{name}")
+                        self._delete(f"{self.directory}/{name}")
                     except SysctrError as error:
                         log.warning("%s stays in the trash: %s", name, error)
         finally:
