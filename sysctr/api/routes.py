@@ -79,6 +79,17 @@ CREATE = (
     Field("onboot", Boolean(), "start it with the host"),
     Field("start", Boolean(), "start it at once"),
 )
+SNAPSHOT = Text(63)
+CLONE = (
+    Field("name", NAME, "unique name of the new container", required=True),
+    Field("id", Nullable(Number(100, 9999)), "its number; without it the first free one"),
+    Field("snapshot", Nullable(SNAPSHOT), "of this state; without it the present one"),
+    Field("pool", Nullable(NAME), "where to keep it; without it where the original is"),
+    Field("full", Boolean(), "copy all data, also where the storage could share it"),
+    Field("keep_addresses", Boolean(), "keep addresses that are set by hand"),
+    Field("set", Table(Anything()), "settings by key that differ"),
+    Field("start", Boolean(), "start it at once"),
+)
 FILES = (
     Field("op", Text(choices=("push", "pull")), "which way", required=True),
     Field("path", PATH, "absolute path inside", required=True),
@@ -104,8 +115,12 @@ def _act(verb: str, *fields: Field) -> Route:
     )
 
 
+def _given(call: Call) -> dict[str, Any]:
+    return {name: value for name, value in call.body.items() if value is not None}
+
+
 def _create(engine: Any, call: Call) -> Any:
-    return engine.create({name: value for name, value in call.body.items() if value is not None})
+    return engine.create(_given(call))
 
 
 def _tasks(engine: Any, call: Call) -> Any:
@@ -232,6 +247,63 @@ ROUTES: tuple[Route, ...] = (
             Field("kind", Text(64), "which log (console)"),
             Field("follow", Boolean(), "go on with what comes"),
         ),
+    ),
+    # Snapshots, and what is made of containers
+    Route(
+        "GET", "/1/containers/{ref}/snapshots", lambda engine, call: engine.history.snapshots(call.ref),
+        "its snapshots, oldest first, and the one that the present goes back to", answer="snapshots parent",
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/snapshots",
+        lambda engine, call: engine.history.snapshot(call.ref, **_given(call)), "keep its present state",
+        (
+            Field("name", Nullable(SNAPSHOT), "name; without it one of the time"),
+            Field("description", Text(1024), "one line for people"),
+            Field("expires", Nullable(Text(16)), "delete it after this time, such as 12h or 7d"),
+        ),
+        answer="task", status=202,
+    ),
+    Route(
+        "DELETE", "/1/containers/{ref}/snapshots",
+        lambda engine, call: engine.history.delsnapshot(
+            call.ref, call.body.get("names", []), every=call.body.get("all", False)
+        ),
+        "delete snapshots",
+        (Field("names", Array(SNAPSHOT, 1024), "which"), Field("all", Boolean(), "every one")),
+        answer="task", status=202,
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/rollback",
+        lambda engine, call: engine.history.rollback(call.ref, call.body["snapshot"]),
+        "bring it back to a snapshot; one that runs is killed, and started again",
+        (Field("snapshot", SNAPSHOT, "its name", required=True),), answer="task", status=202,
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/clone",
+        lambda engine, call: engine.history.clone(call.ref, _given(call)),
+        "make a container of it", CLONE, answer="task", status=202,
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/template",
+        lambda engine, call: engine.history.template(call.ref, **_given(call)), "make a template of it",
+        (
+            Field("name", Text(128), "name of the template", required=True),
+            Field("snapshot", Nullable(SNAPSHOT), "of this state; without it the present one"),
+            Field("description", Text(1024), "one line for people"),
+        ),
+        answer="task", status=202,
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/diff",
+        lambda engine, call: engine.history.diff(call.ref, **_given(call)),
+        "compare its files with a snapshot, or with its template",
+        (Field("snapshot", Nullable(SNAPSHOT), "with this one; without it the template"),),
+        answer="task", status=202,
+    ),
+    Route(
+        "POST", "/1/recover", lambda engine, call: engine.history.recover(**call.body),
+        "rebuild the records of containers that only their volumes remember",
+        (Field("dry_run", Boolean(), "only say which"),), answer="recovered problems",
     ),
     # Local programs: a ticket for the supervisor's socket. From elsewhere: a websocket.
     Route(

@@ -34,6 +34,7 @@ class Engine:
         self.console = b"boot\n"
         self.supervised: list[socket.socket] = []
         self.answer_ticket = None
+        self.history = History(self)
 
     def open(self) -> None:
         self.calls.append(("open",))
@@ -167,6 +168,37 @@ class Engine:
 
     def template_import(self, path: str, name: str | None = None) -> Task:
         return self._act("template-import", path, {})
+
+
+class History:
+    """What the engine keeps of the past, as the real one has it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def snapshots(self, ref: str) -> dict:
+        return {"id": 100, "name": ref, "snapshots": [], "parent": ""}
+
+    def snapshot(self, ref: str, name: str | None = None, **options: Any) -> Task:
+        return self._engine._act("snapshot", ref, {"name": name, **options})
+
+    def delsnapshot(self, ref: str, names: "list[str]", *, every: bool = False) -> Task:
+        return self._engine._act("delsnapshot", ref, {"names": names, "every": every})
+
+    def rollback(self, ref: str, name: str) -> Task:
+        return self._engine._act("rollback", ref, {"snapshot": name})
+
+    def clone(self, ref: str, spec: dict) -> Task:
+        return self._engine._act("clone", ref, spec)
+
+    def template(self, ref: str, name: str, **options: Any) -> Task:
+        return self._engine._act("template-create", ref, {"name": name, **options})
+
+    def diff(self, ref: str, snapshot: str | None = None) -> Task:
+        return self._engine._act("diff", ref, {"snapshot": snapshot})
+
+    def recover(self, *, dry_run: bool = False) -> dict:
+        return {"recovered": [], "problems": [], "dry_run": dry_run}
 
 
 class Supervisor:
