@@ -155,6 +155,7 @@ def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
         ("disk used", _unless_none(container.get("disk_used_bytes"), size)),
         ("traffic", _traffic(usage)),
         ("processes", plain(usage.get("pids"))),
+        ("snapshots", plain(container.get("snapshots") or None)),
         ("limits", plain(container.get("limits"))),
         ("environment", plain(container.get("environment"))),
         ("start on boot", plain(container.get("onboot"))),

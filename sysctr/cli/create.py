@@ -25,7 +25,8 @@ _LIMITS = (
 _FIRST_ID, _LAST_ID = 100, 9999
 
 
-def _number(text: str) -> int:
+def container_number(text: str) -> int:
+    """Read the value of an option that is a container's number."""
     if not (text.isdecimal() and text.isascii() and _FIRST_ID <= int(text[:9]) <= _LAST_ID):
         raise argparse.ArgumentTypeError(f"{text!r} is not a container number from {_FIRST_ID} to {_LAST_ID}")
     return int(text)
@@ -42,7 +43,7 @@ def _arguments(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument(
         "--id",
         metavar="N",
-        type=_number,
+        type=container_number,
         help="number of the container (default: the first free one from 100)",
     )
     for limit, metavar, meaning in _LIMITS:

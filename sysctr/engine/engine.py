@@ -94,7 +94,8 @@ class Engine:
     @naming
     def info(self, ref: str) -> dict:
         """Return all that is known of one container."""
-        return self._view.info(self._find(ref))
+        record = self._find(ref)
+        return {**self._view.info(record), "snapshots": self.history.count(record)}
 
     @naming
     def usage(self, ref: str) -> dict:
@@ -167,7 +168,7 @@ class Engine:
 
     def doctor(self) -> "list[dict]":
         """Check the host and say how to mend what is wrong."""
-        return self._view.doctor()
+        return [*self._view.doctor(), *self.history.checks()]
 
     # Doing
 

@@ -85,6 +85,27 @@ class History:
         """Return, in words, what belongs to no container."""
         return self._recovery.orphans()
 
+    def checks(self) -> list[dict[str, Any]]:
+        """Return what `doctor` says of it."""
+        found = self.orphans()
+        if not found:
+            found, state, hint = ["nothing is left of containers that are gone"], "ok", ""
+        else:
+            state, hint = (
+                "warn",
+                "`sysctr recover` rebuilds lost containers; `sysctr daemon restart` tidies up",
+            )
+        return [
+            {"check": "leftovers", "ok": True, "state": state, "detail": text, "hint": hint} for text in found
+        ]
+
+    def count(self, record: Record) -> int | None:
+        """Return how many snapshots a container has; None where nobody can tell."""
+        try:
+            return len(self._snapshots.all(record))
+        except SysctrError:
+            return None
+
     # Snapshots
 
     @naming
