@@ -149,6 +149,8 @@ class Recovery:
     def _left_in(self, record: Record) -> list[str]:
         try:
             driver = self._host.driver(record)
+            if not hasattr(driver, "snapshots"):
+                return []
             kept = {one.name for one in self._snapshots.all(record)}
             hidden = {one.name for one in driver.snapshots(record.volume)} - kept
             half = [(volume, name) for _, volume, name in self._snapshots.half_made(record)]

@@ -83,7 +83,10 @@ class Snapshots:
 
     def all(self, record: Record) -> list[Snapshot]:
         """Return a container's snapshots, oldest first, without those that an action keeps for itself."""
-        found = self._host.driver(record).snapshots(record.volume)
+        driver = self._host.driver(record)
+        if not hasattr(driver, "snapshots"):
+            return []
+        found = driver.snapshots(record.volume)
         return [one for one in found if not one.name.startswith(_TEMPORARY)]
 
     def get(self, record: Record, name: str) -> Snapshot:
