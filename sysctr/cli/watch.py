@@ -1,5 +1,6 @@
 """Following what happens: logs and events."""
 
+import json
 import re
 import sys
 
@@ -95,8 +96,6 @@ def _events(arguments: "argparse.Namespace", client: "Client") -> None:
 
 def print_event(kind: str, data: "Any") -> None:
     """Print an event as one line of JSON."""
-    import json
-
     value = data if isinstance(data, dict) else {"data": data}
     print(json.dumps({"event": kind, **value}), flush=True)
 
@@ -106,8 +105,8 @@ def event_line(kind: str, data: "Any") -> str:
 
     >>> event_line("state", {"container": 101, "state": "running", "time": None})
     'state container=101 state=running'
-    >>> event_line("task", {"task": {"id": "7f", "kind": "stop", "subject": 101, "state": "done"}})
-    'task task=stop id=7f subject=101 state=done'
+    >>> event_line("task", {"task": {"id": "7f", "kind": "stop", "subject": "web (101)", "state": "done"}})
+    'task task=stop id=7f subject="web (101)" state=done'
     """
     if not isinstance(data, dict):
         return neutralise(f"{kind} {data}")
@@ -122,7 +121,9 @@ def event_line(kind: str, data: "Any") -> str:
     parts.append(str(data.get("kind", kind)) if kind == "message" else kind)
     for name, value in data.items():
         if name not in (*_TIME_KEYS, "kind") and value not in (None, "", [], {}):
-            parts.append(f"{name}={plain(value)}")
+            shown = plain(value)
+            # With its quotes a value of several words is still one, for cut and for the eye.
+            parts.append(f"{name}={json.dumps(shown, ensure_ascii=False) if ' ' in shown else shown}")
     return neutralise(" ".join(parts))
 
 
