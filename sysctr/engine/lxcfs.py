@@ -200,14 +200,14 @@ class Lxcfs:
             return
         try:
             pidfd = process.pidfd_open(pid)
-        except ProcessLookupError:
+        except OSError:
             return
         try:
             # Again, now that the number cannot become another's: is it ours?
             if self._pid() == pid:
                 process.pidfd_send_signal(pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        except OSError:
+            pass  # it ended meanwhile
         finally:
             os.close(pidfd)
 
