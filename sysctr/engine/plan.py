@@ -3,6 +3,7 @@
 import uuid
 from dataclasses import dataclass, field
 
+from sysctr.engine.mount_plan import Place, mount_plan
 from sysctr.linux import mount
 from sysctr.runtime import steps
 from sysctr.runtime.accounts import DEFAULT_PATH
@@ -65,16 +66,20 @@ class ContainerFacts:
     overmounts: tuple[tuple[str, str], ...] = ()
     guest_files: tuple[GuestFile, ...] = ()
     shm_size: str = "50%"
+    mounts: tuple[Place, ...] = ()
 
 
 def container_plan(facts: ContainerFacts) -> dict:
     """Return the plan that starts a container."""
+    mounts = mount_plan(facts.mounts, facts.idmap.first)
     prepare = [
         *root_steps(facts.root),
         *_device_steps(facts),
         *_kernel_steps(facts),
         *_run_steps(facts),
         *[steps.GuestFile(f.path, f.text, f.mode) for f in facts.guest_files],
+        # After the guest's files: who mounts something on one of them means that.
+        *mounts.steps,
         steps.Hostname(facts.name),
         steps.Keyring(),
     ]
@@ -85,7 +90,8 @@ def container_plan(facts: ContainerFacts) -> dict:
         "gid_map": facts.idmap.as_map(),
         "stage": facts.stage,
         "network": True,
-        "trees": root_trees(facts.root),
+        "trees": [*root_trees(facts.root), *mounts.trees],
+        "binds": list(mounts.binds),
         "sources": [*device_sources(), *overmounts],
         "prepare": [steps.to_json(step) for step in prepare],
         "enter": [steps.to_json(step) for step in (steps.CgroupView(), steps.PivotRoot())],
@@ -216,17 +222,26 @@ def init_environment(facts: ContainerFacts) -> "dict[str, str]":
     return {**environment, **facts.environment}
 
 
-def volume_job_plan(container_id: int, root: RootSpec, idmap: Idmap, stage: str, program: dict) -> dict:
+def volume_job_plan(
+    container_id: int,
+    root: RootSpec,
+    idmap: Idmap,
+    stage: str,
+    program: dict,
+    mounts: "tuple[Place, ...]" = (),
+) -> dict:
     """Return the plan of a job whose root is a stopped container's own, for work on its files.
 
     The program is a builtin: nothing of the container is executed. `container` lets the supervisor see that
     no upper is mounted twice.
     """
+    mounted = mount_plan(mounts, idmap.first)
+    prepare = (*root_steps(root), *mounted.steps, steps.PivotRoot(shared=False))
     return {
         "container": container_id,
         "uid_map": idmap.as_map(), "gid_map": idmap.as_map(), "stage": stage, "network": True,
-        "trees": root_trees(root), "sources": [],
-        "prepare": [steps.to_json(step) for step in (*root_steps(root), steps.PivotRoot(shared=False))],
+        "trees": [*root_trees(root), *mounted.trees], "binds": list(mounted.binds), "sources": [],
+        "prepare": [steps.to_json(step) for step in prepare],
         "program": program,
     }  # fmt: skip
 

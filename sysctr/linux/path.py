@@ -9,13 +9,15 @@ import os
 import struct
 
 from sysctr.linux import syscall
-from sysctr.linux.syscall import KernelError, check
+from sysctr.linux.syscall import KernelError, bind, check
 
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
+
+_fstatfs = bind("fstatfs", ctypes.c_int, ctypes.c_char_p)
 
 # The kernel answers EAGAIN when a rename raced with the walk (openat2(2)); an attacker can force a few.
 _ATTEMPTS = 32
@@ -91,3 +93,11 @@ def make_file(root_fd: int, path: str, mode: int = 0o644) -> int:
         return open_without_links(parent_fd, name, os.O_PATH)
     finally:
         os.close(parent_fd)
+
+
+def filesystem_type(fd: int) -> int:
+    """Return the magic number of the file system that `fd` is on (statfs(2))."""
+    # struct statfs begins with a long; it has 120 bytes where that has 8.
+    buffer = ctypes.create_string_buffer(256)
+    check(_fstatfs(fd, buffer), "fstatfs", f"fd {fd}")
+    return struct.unpack_from("=Q", buffer)[0]

@@ -15,8 +15,9 @@ import stat
 import sys
 
 from sysctr.linux import mount, process, tty
-from sysctr.runtime import steps, wire
+from sysctr.runtime import steps, steps_mounts, wire  # noqa: F401 - steps_mounts registers its steps
 from sysctr.runtime.accounts import DEFAULT_PATH, find_user
+from sysctr.runtime.binds import open_locked
 
 JOIN_NAMESPACES = (
     process.CLONE_NEWNS
@@ -39,7 +40,7 @@ def run_plan(sync: socket.socket, plan: dict) -> None:
     """Carry out a plan in a freshly cloned child and execute its program; never returns."""
     try:
         _reset_process()
-        process.close_all_but([sync.fileno(), *plan.get("stdio", ())])
+        process.close_all_but([sync.fileno(), *plan.get("stdio", ()), *plan.get("helper", ())])
         _enter_cgroups(plan)
         program = plan["program"]
         builtin = _load_builtin(program) if "builtin" in program else None
@@ -48,6 +49,7 @@ def run_plan(sync: socket.socket, plan: dict) -> None:
         trees |= _open_sources(plan.get("sources", ()))
         # A path of the host: after this process became the container's root it could not walk there.
         context = steps.Context(trees, os.open(plan["stage"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        context.helper_fd = plan["helper"][0] if "helper" in plan else -1
         if plan.get("network"):
             _enter_network(sync)
         _become_root()
@@ -118,6 +120,48 @@ def join_container(sync: socket.socket, pidfd: int, request: dict, stdio: "list[
     except BaseException as error:
         _report(sync, error, request["program"])
     os._exit(125)
+
+
+def change_mounts(sync: socket.socket, pidfd: int, request: dict) -> None:
+    """Attach mounts in a running container and take others off; never returns.
+
+    request["mounts"]: binds (see open_locked), prepare and attach (steps), stage. What is mounted is prepared
+    before the container's mount namespace is entered; no other descriptor of the host comes along.
+    """
+    work = request["mounts"]
+    try:
+        _reset_process()
+        process.close_all_but([sync.fileno(), pidfd])
+        userns_fd = _user_namespace(pidfd)
+        trees = open_locked(work["binds"], userns_fd, work["stage"])
+        os.close(userns_fd)
+        _become_root()
+        process.prctl(process.PR_SET_DUMPABLE, 0)
+        _close_imports()
+        every = [steps.from_json(step) for step in (*work["prepare"], *work["attach"])]
+        prepare = len(work["prepare"])
+        context = steps.Context(trees, -1)
+        _execute(every, range(prepare), context)
+        process.setns(pidfd, process.CLONE_NEWNS)
+        context.root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        _execute(every, range(prepare, len(every)), context)
+        wire.send(sync, {"started": os.getpid()})
+        os._exit(0)
+    except BaseException as error:
+        _report(sync, error, request["program"])
+    os._exit(125)
+
+
+def _user_namespace(pidfd: int) -> int:
+    """Return the user namespace of a process that is known by its pidfd."""
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+        pid = next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
+    if pid <= 0:
+        raise LookupError("the container ended")
+    userns_fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    # The number may be another process's by now; but if the first one lives still, it was its own.
+    process.pidfd_send_signal(pidfd, 0)
+    return userns_fd
 
 
 def _reset_process() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sysctr.errors import SysctrError
 from sysctr.linux import mount, process
 from sysctr.runtime import child, wire
+from sysctr.runtime.binds import start_helper, write_maps
 from sysctr.runtime.loop import Loop
 from sysctr.runtime.notify import reap_later
 
@@ -145,19 +146,26 @@ def clone_for_plan(plan: dict, stdio: "list[int]") -> "tuple[int, int, socket.so
     Raises OSError with the call that failed; no child is left then.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    helper: list[socket.socket] = []
     if stdio:
         plan = {**plan, "stdio": stdio}
+    if plan.get("binds"):
+        # Whoever opens them talks to the child alone: a source that hangs keeps only that start waiting.
+        helper = list(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        plan = {**plan, "helper": [helper[1].fileno()]}
     pid, pidfd = _clone_into(_NAMESPACES, plan)
     if pid == 0:
         child.run_plan(theirs, plan)
     theirs.close()
     tree_fds: list[int] = []
     try:
-        _write_maps(pid, plan["uid_map"], plan["gid_map"])
+        write_maps(pid, plan["uid_map"], plan["gid_map"])
         userns_fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         try:
             for tree in plan["trees"]:
                 tree_fds.append(_prepare_tree(tree, userns_fd))
+            if helper:
+                start_helper(plan["binds"], userns_fd, plan["stage"], helper[0])
         finally:
             os.close(userns_fd)
         wire.send(ours, {"trees": [tree["tree"] for tree in plan["trees"]]}, tree_fds)
@@ -169,6 +177,8 @@ def clone_for_plan(plan: dict, stdio: "list[int]") -> "tuple[int, int, socket.so
         raise
     finally:
         wire.close_all(tree_fds)
+        for end in helper:
+            end.close()
     return pid, pidfd, ours
 
 
@@ -177,6 +187,8 @@ def clone_to_join(pidfd: int, request: dict, stdio: "list[int]") -> "tuple[int, 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid, child_fd = _clone_into(0, request)
     if pid == 0:
+        if "mounts" in request:
+            child.change_mounts(theirs, pidfd, request)
         child.join_container(theirs, pidfd, request, stdio)
     theirs.close()
     return pid, child_fd, ours
@@ -198,17 +210,6 @@ def _clone_into(flags: int, request: dict) -> "tuple[int, int]":
         ) from error
     finally:
         os.close(cgroup_fd)
-
-
-def _write_maps(pid: int, uid_map: "list[list[int]]", gid_map: "list[list[int]]") -> None:
-    for name, ranges in (("uid_map", uid_map), ("gid_map", gid_map)):
-        text = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in ranges)
-        # One write: the kernel takes the whole map in a single call.
-        fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, text.encode())
-        finally:
-            os.close(fd)
 
 
 def _prepare_tree(tree: dict, userns_fd: int) -> int:

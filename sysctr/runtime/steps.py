@@ -58,6 +58,8 @@ class Context:
         self.root_fd = -1
         self.handed: dict[str, int] = {}
         self.console_fd = -1
+        # Where the one sends who opens what an administrator wants mounted.
+        self.helper_fd = -1
 
 
 def to_json(value: Step) -> dict:

@@ -24,7 +24,8 @@ ALLOWED = {
     "template": {"storage", "linux", "config", "errors", "paths", "templates"},
     "engine": {
         "config", "linux", "cgroup", "network", "storage", "template", "runtime.steps", "runtime.wire",
-        "runtime.accounts", "runtime.begin", "runtime.console", "launch", "errors", "paths",
+        "runtime.accounts", "runtime.begin", "runtime.console", "runtime.steps_mounts", "launch", "errors",
+        "paths",
     },
     "api": {"engine", "config", "runtime.wire", "linux", "errors", "paths"},
     "launch": {"errors", "paths"},
