@@ -166,12 +166,13 @@ class Selected:
 
 
 def select(client: "Client", arguments: argparse.Namespace, states: "Sequence[str]" = ()) -> "list[Selected]":
-    """Return the containers that the arguments choose; --all and --tag choose only those in `states`."""
+    """Return the containers that the arguments choose; a rule as --all chooses only those in `states`."""
     from sysctr.client import field, path
 
-    by_rule = arguments.all or arguments.tag is not None
+    onboot = getattr(arguments, "onboot", False)
+    by_rule = arguments.all or arguments.tag is not None or onboot
     if by_rule and arguments.containers:
-        raise errors.UsageError("cannot take names together with --all or --tag")
+        raise errors.UsageError("cannot take names together with --all, --tag or --onboot")
     if not by_rule:
         if not arguments.containers:
             raise errors.UsageError(
@@ -182,5 +183,5 @@ def select(client: "Client", arguments: argparse.Namespace, states: "Sequence[st
     return [
         Selected(str(container["id"]), container["name"])
         for container in found
-        if not states or container["state"] in states
+        if (not states or container["state"] in states) and (container["onboot"] or not onboot)
     ]

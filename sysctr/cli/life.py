@@ -44,6 +44,9 @@ def _timeout_option(parser: "argparse.ArgumentParser", meaning: str) -> None:
 
 def _start_arguments(parser: "argparse.ArgumentParser") -> None:
     containers(parser, " that are stopped")
+    parser.add_argument(
+        "--onboot", action="store_true", help="all containers that start with the host, if they are stopped"
+    )
     task_options(parser)
 
 

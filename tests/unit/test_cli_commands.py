@@ -77,7 +77,8 @@ def test_an_unknown_command_is_usage_and_the_nearest_is_named(typed, meant, caps
 
 @pytest.mark.parametrize(
     "arguments",
-    [["list", "--nope"], ["start"], ["start", "--all", "demo"], ["set", "demo"], ["set", "demo", "x"],
+    [["list", "--nope"], ["start"], ["start", "--all", "demo"], ["start", "--onboot", "demo"],
+     ["set", "demo"], ["set", "demo", "x"],
      ["wait"], ["create", "x", "--id", "99"], ["create", "x", "--id", "many"],
      ["stop", "x", "--timeout", "nan"], ["wait", "x", "--timeout", "-1"],
      ["console", "x", "--escape", "a"]],
@@ -149,6 +150,20 @@ def test_all_means_those_to_which_the_verb_applies(stub, command, numbers, capsy
     options = ["--yes"] if command == "destroy" else []
     assert main([command, "--all", "-q", *options]) == 0
     assert capsys.readouterr().out.split() == [str(number) for number in numbers]
+
+
+def test_onboot_starts_what_is_stopped_and_meant_to_run(stub, capsys):
+    states = {101: ("stopped", True), 102: ("stopped", False), 103: ("running", True)}
+    stub.routes["GET", "/1/containers"] = [
+        stub.container(number, f"n{number}", state=state, onboot=onboot)
+        for number, (state, onboot) in states.items()
+    ]
+    stub.routes["POST", "/1/containers/101/start"] = (202, {"task": stub.task(container=101)})
+    assert main(["start", "--onboot", "-q"]) == 0
+    assert capsys.readouterr().out.split() == ["101"]
+    assert [where for where, _ in asked(stub, "POST")] == ["/1/containers/101/start"]
+    stub.routes["GET", "/1/containers"] = []
+    assert main(["start", "--onboot"]) == 0
 
 
 def test_without_waiting_the_tasks_id_is_printed(stub, capsys):
