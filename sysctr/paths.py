@@ -29,6 +29,7 @@ class Layout:
 
         self.host_config = f"{self.etc}/host.toml"
         self.container_configs = f"{self.etc}/containers"
+        self.pool_configs = f"{self.etc}/pools"
         self.containers = f"{self.lib}/containers"
         self.templates = f"{self.lib}/templates"
         self.tasks = f"{self.lib}/tasks"

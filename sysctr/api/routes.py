@@ -70,6 +70,7 @@ CREATE = (
     Field("name", NAME, "unique name: lower-case letters, digits, -", required=True),
     Field("id", Nullable(Number(100, 9999)), "number; without it the first free one"),
     Field("template", Nullable(Text(128)), "name of a template; without it the host's default"),
+    Field("pool", Nullable(NAME), "pool that it is kept in; without it the host's default"),
     Field("set", Table(Anything()), "settings by key, as in `sysctr set`"),
     Field("ssh_keys", Array(Text(16384)), "public keys that may log in as root"),
     Field("password", Nullable(Text(1024)), "root's password"),
@@ -167,8 +168,12 @@ ROUTES: tuple[Route, ...] = (
     Route("DELETE", "/1/tasks/{id}", live.task_cancel, "ask a task to stop", answer="task"),
     # Containers
     Route(
-        "GET", "/1/containers", lambda engine, call: {"containers": engine.list(tag=call.query.get("tag"))},
-        "all containers", query=(Field("tag", Text(63), "only with this tag"),), answer="containers",
+        "GET", "/1/containers",
+        lambda engine, call: {
+            "containers": engine.list(tag=call.query.get("tag")), "notices": engine.notices()
+        },
+        "all containers, and what to know of this host",
+        query=(Field("tag", Text(63), "only with this tag"),), answer="containers notices",
     ),
     Route("POST", "/1/containers", _create, "create a container", CREATE, answer="task", status=202),
     Route(
@@ -320,6 +325,34 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("GET", "/1/containers/{ref}/exec/ws", websocket.exec_in, "run a program (websocket)", status=101),
     Route("GET", "/1/containers/{ref}/console/ws", websocket.console, "the console (websocket)", status=101),
+    # Pools
+    Route("GET", "/1/pools", lambda engine, call: {"pools": engine.pool_list()}, "all pools", answer="pools"),
+    Route(
+        "GET", "/1/pools/{name}", lambda engine, call: {"pool": engine.pool_show(call.path["name"])},
+        "a pool with its volumes and templates", answer="pool",
+    ),
+    Route(
+        "POST", "/1/pools", lambda engine, call: {"pool": engine.pool_add(**call.body)},
+        "make a directory of this host a pool",
+        (
+            Field("name", NAME, "unique name: lower-case letters, digits, -", required=True),
+            Field("driver", Text(16), "overlay, btrfs or loop", required=True),
+            Field("path", PATH, "absolute path of the directory, which is made", required=True),
+            Field("low_space", Nullable(Text(8)), "warn when less than this is free (10%)"),
+            Field("force", Boolean(), "even if other files are in it"),
+        ),
+        answer="pool",
+    ),
+    Route(
+        "DELETE", "/1/pools/{name}",
+        lambda engine, call: engine.pool_remove(call.path["name"], **call.body),
+        "forget a pool that no container is in",
+        (Field("force", Boolean(), "even if it cannot be reached"),), answer="task", status=202,
+    ),
+    Route(
+        "GET", "/1/df", lambda engine, call: {"disks": engine.disk_usage()},
+        "what each container takes of its pool", answer="disks",
+    ),
     # Templates
     Route(
         "GET", "/1/templates", lambda engine, call: {"templates": engine.template_list()},

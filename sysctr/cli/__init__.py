@@ -41,12 +41,17 @@ COMMANDS = {
     "delsnapshot": ("snapshot", "change", "delete snapshots of a container"),
     "freeze": ("life", "change", "freeze all processes of containers"),
     "thaw": ("life", "change", "let frozen containers go on"),
+    "df": ("pool", "look", "show what containers take of the disks"),
     "template list": ("template", "host", "list the templates"),
     "template show": ("template", "host", "show everything about a template"),
     "template build": ("template", "host", "build a template from a recipe"),
     "template create": ("clone", "host", "make a template of a container, which is not changed"),
     "template import": ("template", "host", "make a template of a rootfs archive"),
     "template remove": ("template", "host", "remove templates"),
+    "pool list": ("pool", "host", "list the storage pools"),
+    "pool show": ("pool", "host", "show a pool with what is in it"),
+    "pool add": ("pool", "host", "make a directory a storage pool"),
+    "pool remove": ("pool", "host", "remove storage pools that no container is in"),
     "task list": ("task", "host", "list the tasks"),
     "task show": ("task", "host", "show a task and its log"),
     "task wait": ("task", "host", "wait for tasks and report their end"),
@@ -62,7 +67,7 @@ COMMANDS = {
     "completion": ("help", "help", "print the completion script of a shell"),
     "_words": ("help", "", "list names for the completion scripts"),
 }
-FAMILIES = ("template", "task", "daemon")
+FAMILIES = ("template", "pool", "task", "daemon")
 
 
 def split_command(argv: "list[str]") -> "tuple[str, list[str]]":

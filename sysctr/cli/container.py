@@ -1,9 +1,12 @@
 """Looking at containers: list, status, info. `list` is the command whose imports are counted."""
 
+import sys
+
 from sysctr.cli.command import Command, json_option, one_container, quiet_option
 from sysctr.cli.output import (
     duration,
     moment,
+    notice,
     plain,
     print_fields,
     print_json,
@@ -56,6 +59,8 @@ def ending(exit_: "dict[str, Any] | None") -> str:
 def _state_cell(container: "dict[str, Any]") -> str:
     # What an administrator has to look at: a file with a mistake, or an end that nobody asked for inside.
     notes = ["damaged"] if container.get("error") else []
+    if container.get("pool_error"):
+        notes = ["no pool"]
     exit_ = container.get("exit") or {}
     if container["state"] == "stopped" and exit_.get("reason") not in (None, "halt", "reboot"):
         notes.append(f"exited {exit_['status']}" if exit_["reason"] == "exited" else exit_["reason"])
@@ -84,7 +89,8 @@ def _list_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _list(arguments: "argparse.Namespace", client: "Client") -> None:
-    containers = field(client.get(path("containers"), {"tag": arguments.tag}), "containers")
+    answer = client.get(path("containers"), {"tag": arguments.tag})
+    containers = field(answer, "containers")
     if arguments.running:
         containers = [container for container in containers if container["state"] != "stopped"]
     if arguments.json:
@@ -98,6 +104,9 @@ def _list(arguments: "argparse.Namespace", client: "Client") -> None:
             [_row(container) for container in containers],
             if_empty="no containers; `sysctr create NAME --template T` makes one",
         )
+        if sys.stdout.isatty():
+            for line in answer.get("notices", ()):
+                notice(line)
 
 
 def _status_arguments(parser: "argparse.ArgumentParser") -> None:
@@ -152,7 +161,8 @@ def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
         ("cpu time", _unless_none(usage.get("cpu_s"), duration)),
         ("memory", _memory(usage)),
         ("swap used", _unless_none(usage.get("swap_bytes") or None, size)),
-        ("disk used", _unless_none(container.get("disk_used_bytes"), size)),
+        ("pool", plain(container.get("pool"))),
+        ("disk used", _disk(container)),
         ("traffic", _traffic(usage)),
         ("processes", plain(usage.get("pids"))),
         ("snapshots", plain(container.get("snapshots") or None)),
@@ -189,6 +199,13 @@ def _moment(created: "Any") -> str:
 
 def _unless_none(value: "Any", show: "Any") -> str:
     return "" if value is None else show(value)
+
+
+def _disk(container: "dict[str, Any]") -> str:
+    used, limit = container.get("disk_used_bytes"), container.get("disk_limit_bytes")
+    if limit is None:
+        return _unless_none(used, size)
+    return f"{size(used)} of {size(limit)}"
 
 
 def _memory(usage: "dict[str, Any]") -> str:

@@ -20,7 +20,7 @@ _LIMITS = (
     ("memory", "SIZE", "most memory, such as 512M or 2G (default: no limit)"),
     ("swap", "SIZE", "most swap, such as 512M (default: no limit)"),
     ("pids", "N", "most processes and threads (default: the host's setting, 4096)"),
-    ("disk", "SIZE", "most disk space, such as 8G, where the storage can enforce it"),
+    ("disk", "SIZE", "most disk space, such as 8G (default: no limit)"),
 )
 _FIRST_ID, _LAST_ID = 100, 9999
 
@@ -40,6 +40,10 @@ def _arguments(parser: "argparse.ArgumentParser") -> None:
         "--template", metavar="T", help="template to create it from (default: the host's setting, if any)"
     )
     words(template, "templates")
+    pool = parser.add_argument(
+        "--pool", metavar="P", help="storage pool to keep it in (default: the host's setting, default)"
+    )
+    words(pool, "pools")
     parser.add_argument(
         "--id",
         metavar="N",
@@ -113,6 +117,8 @@ def request(arguments: "argparse.Namespace") -> "dict[str, Any]":
     }
     if arguments.template is not None:
         body["template"] = arguments.template
+    if arguments.pool is not None:
+        body["pool"] = arguments.pool
     if arguments.id is not None:
         body["id"] = arguments.id
     if arguments.password_file is not None:

@@ -19,7 +19,7 @@ _GROUPS = (
     ("help", "help"),
 )
 _SHELLS = ("bash", "zsh", "fish")
-_KINDS = ("containers", "templates", "tasks")
+_KINDS = ("containers", "templates", "pools", "tasks")
 
 
 def overview(groups: "tuple[str, ...]") -> str:

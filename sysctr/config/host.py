@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from sysctr.config import kinds, schema
+from sysctr.config import kinds, schema, values
 from sysctr.config.table import Key, Plain, Section, Table
 from sysctr.errors import ConfigError
 
@@ -31,9 +31,10 @@ class IdSettings:
 
 @dataclass(frozen=True)
 class Defaults(schema.Limits):
-    """What a new container has where its creator says nothing: its limits, and its template."""
+    """What a new container has where its creator says nothing: its limits, its template and its pool."""
 
     template: str
+    pool: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def _default_limits() -> Iterator[Key]:
 
 
 _IDS = kinds.whole_kind(65536, 2**31 - 1)
+_POOL = kinds.text_kind("POOL", "a pool name", values.parse_name, may_be_empty=False)
 
 KEYS = (
     Key("network.bridge", kinds.INTERFACE, "", "restart", "bridge that sysctr makes; empty: sysctr0"),
@@ -73,6 +75,7 @@ KEYS = (
     Key("ids.first", _IDS, None, "restart", "first id of the pool in /etc/subuid"),
     Key("ids.count", _IDS, None, "restart", "ids in the pool, 65536 a container"),
     Key("defaults.template", kinds.TEMPLATE, "", "live", "template of a new container"),
+    Key("defaults.pool", _POOL, "default", "live", "pool that a new container is kept in"),
     *_default_limits(),
     Key("log.level", kinds.LEVEL, "info", "live", "least level that the daemon logs"),
 )
@@ -112,6 +115,9 @@ def creation_changes(host: Host) -> dict[str, Plain]:
     """
     changes: dict[str, Plain] = {}
     for last, key in TABLE.columns("defaults").items():
+        if last == "pool":
+            # Where a container is kept is no setting of it that could be changed in its file.
+            continue
         value = getattr(host.defaults, key.field)
         if value not in (None, ""):
             name = last if last == "template" else f"limits.{last}"

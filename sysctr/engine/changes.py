@@ -1,14 +1,21 @@
 """Changes of a container's configuration: checked whole, applied where they can be, kept in its file."""
 
 import dataclasses
+import logging
+from contextlib import ExitStack
 
 from sysctr.cgroup.base import check_enforceable
 from sysctr.config import schema, toml
+from sysctr.engine.disks import disk_differs, fit_disk
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import limits_of
 from sysctr.engine.record import Record
-from sysctr.errors import ConfigError, Refused
+from sysctr.errors import ConfigError, SysctrError
 from sysctr.network.addresses import random_mac
+
+log = logging.getLogger(__name__)
+
+_DISK = "limits.disk"
 
 
 class Changes:
@@ -52,11 +59,6 @@ class Changes:
             if old is not None:
                 schema.refuse_fixed(old, new)
             draft = dataclasses.replace(record, config=new, config_text=text)
-            if new.limits.disk_bytes is not None and not host.driver(record).traits.enforces_size:
-                raise Refused(
-                    f"cannot limit the disk of {record.id}: this storage cannot enforce a size",
-                    "leave limits.disk out",
-                )
             check_enforceable(record.id, limits_of(draft), host.cgroups.available)
             host.network.check(new.name, [nic for nic in new.nets if old is None or nic not in old.nets])
             changed = schema.TABLE.changed(old, new) if old is not None else ()
@@ -64,9 +66,12 @@ class Changes:
             in_force = self._in_force(record)
             # The file may have been edited by hand since: what is set is all of it, not the difference.
             limits_differ = in_force is not None and in_force.limits != new.limits
-            if limits_differ:
-                host.cgroups.set_limits(record.id, limits_of(draft))
-            saved = host.store.save_config(record.id, text, digest)
+            with ExitStack() as undo:
+                self._fit_disk(old, draft, undo)
+                if limits_differ:
+                    host.cgroups.set_limits(record.id, limits_of(draft))
+                saved = host.store.save_config(record.id, text, digest)
+                undo.pop_all()
             if not host.live.running(record.id):
                 host.network.forget_others(record.id, new.nets)
             if limits_differ:
@@ -91,7 +96,26 @@ class Changes:
         if record.config is None or in_force is None:
             return []
         live, waiting = schema.diff_live(in_force, record.config)
-        return [*waiting, *(key for key in live if key.startswith("limits."))]
+        limits = [key for key in live if key.startswith("limits.") and key != _DISK]
+        # The disk itself knows its limit, whatever was last told to a cgroup.
+        return [*waiting, *limits, *([_DISK] if disk_differs(self._host, record) else [])]
+
+    def _fit_disk(self, old: schema.Container | None, draft: Record, undo: ExitStack) -> None:
+        """Give the disk its new limit; where it stays as it is, a pool that is missing does not matter."""
+        wanted = draft.config.limits.disk_bytes if draft.config else None
+        same = old is not None and old.limits.disk_bytes == wanted
+        if same and not disk_differs(self._host, draft):
+            return
+        before = fit_disk(self._host, draft)
+        undo.callback(self._put_back, draft, before)
+
+    def _put_back(self, draft: Record, size_bytes: int | None) -> None:
+        try:
+            driver = self._host.driver(draft)
+            driver.resize(draft.volume, size_bytes, self._host.worker(draft))
+        except SysctrError as error:
+            # The container runs with a larger disk than it should have, and `info` shows that.
+            log.error("%d: %s", draft.id, error.message)
 
     def _in_force(self, record: Record) -> schema.Container | None:
         """Return what a running container was started with, and its limits as they were set since."""

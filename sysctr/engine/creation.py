@@ -11,9 +11,10 @@ from sysctr.engine import guest
 from sysctr.engine.changes import with_macs
 from sysctr.engine.host import Host, owner
 from sysctr.engine.lifecycle import Lifecycle, limits_of
+from sysctr.engine.pools import HOME
 from sysctr.engine.record import Record, new_record
 from sysctr.engine.tasks import Task
-from sysctr.errors import ConfigError, Refused, SysctrError, UsageError, WrongState
+from sysctr.errors import ConfigError, NotFound, Refused, SysctrError, UsageError, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Creation:
         )
         for index, net in enumerate(spec.get("nets") or [{"name": "eth0"}]):
             changes |= schema.plain_changes({f"net.{index}": net})
+        host.pools.get(self._pool(spec), f"create {spec['name']}")
         changes |= {"name": spec["name"], "template": template}
         if spec.get("tags"):
             changes |= schema.plain_changes({"tags": spec["tags"]})
@@ -61,7 +63,7 @@ class Creation:
             template = host.templates.get(changes["template"])
             idmap = host.store.allocate_ids(number)
             text = self._config_text(changes)
-            record = new_record(number, text, idmap, template=template.name)
+            record = new_record(number, text, idmap, template=template.name, pool=self._pool(spec))
             self._refuse_unenforceable(record)
             driver = host.driver(record)
             base = host.pools.base(template, host.templates.rootfs(template.name), record.pool)
@@ -110,6 +112,8 @@ class Creation:
         live = host.live.get(number)
         if live is not None:
             host.live.wait_settled(number, 30)
+        if not force:
+            self._refuse_unreachable(record)
         self._lifecycle.quietly(host.cgroups.destroy, number)
         self._lifecycle.quietly(host.network.detach, number)
         self.discard_volumes(number)
@@ -121,6 +125,16 @@ class Creation:
         self._lifecycle.quietly(host.forget_console, number)
         host.bus.publish("container", id=number, change="destroyed")
         host.collect_soon()
+
+    def _refuse_unreachable(self, record: Record) -> None:
+        """Raise WrongState where the pool cannot be reached: the files would stay in it, without an owner."""
+        with contextlib.suppress(NotFound):
+            problem = self._host.pools.problem(record.pool)
+            if problem is not None:
+                raise WrongState(
+                    f"cannot destroy {record.id}: {problem.reason}",
+                    "--force forgets the container and leaves its files in the pool",
+                )
 
     def discard_volumes(self, number: int) -> None:
         """Destroy every volume that belongs to a container, whatever is known of it."""
@@ -140,15 +154,20 @@ class Creation:
                 f"cannot {verb} {record.id}: it is protected", f"`sysctr protect {record.id} --off` first"
             )
 
+    def _pool(self, spec: dict) -> str:
+        return spec.get("pool") or self._host.settings.defaults.pool or HOME
+
     def _config_text(self, changes: dict) -> str:
         text = with_macs(toml.edit(f"schema = {schema.SCHEMA}\n", changes))
         return toml.new_text(schema.parse_config(toml.read_container(text)))
 
     def _refuse_unenforceable(self, record: Record) -> None:
         host = self._host
-        if record.config.limits.disk_bytes is not None and not host.driver(record).traits.enforces_size:
+        driver = host.driver(record)
+        if record.config.limits.disk_bytes is not None and not driver.traits.enforces_size:
             raise Refused(
-                f"cannot limit the disk of {record.config.name}: this storage cannot enforce a size",
-                "leave --disk out",
+                f"cannot limit the disk of {record.config.name}: the driver {driver.kind} of pool "
+                f"{record.pool} cannot enforce a size",
+                "leave --disk out, or choose another --pool",
             )
         check_enforceable(record.id, limits_of(record), host.cgroups.available)

@@ -9,8 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sysctr.paths import Layout, layout
 
@@ -239,6 +240,31 @@ def check_space(where: str, *, free_bytes: int, free_inodes: int, total_inodes: 
             "space", shown, f"{NEEDED_SPACE_BYTES // 1024**3} GiB and {NEEDED_INODES} inodes are comfortable"
         )
     return ok("space", shown if total_inodes else f"{free_bytes / 1024**3:.1f} GiB free at {where}")
+
+
+def check_pool(pool: Mapping[str, Any]) -> Check:
+    """Judge a pool as the daemon describes it: whether it can be used, and its room.
+
+    >>> check_pool({"name": "fast", "state": "missing", "error": "it is gone", "hint": "mount it"}).state
+    'fail'
+    """
+    name = f"pool {pool['name']}"
+    if pool["state"] != "ok":
+        return fail(name, pool["error"], pool["hint"] or "its containers cannot be started until then")
+    shown = f"{pool['driver']} in {pool['path']}, {pool['free_bytes'] / 1024**3:.1f} GiB"
+    if pool["inodes"]:
+        shown += f" and {pool['free_inodes']} inodes"
+    if pool["low"]:
+        less = f"{shown} free, less than {pool['low_space']}"
+        return warn(name, less, "`sysctr df` shows who takes it; make room, or add a pool")
+    return ok(name, f"{shown} free")
+
+
+def check_stale_mounts(points: Sequence[str]) -> Check:
+    """Judge what is mounted for volumes that nothing uses."""
+    if points:
+        return warn("mounts", f"left over: {', '.join(points)}", f"`umount {' '.join(points)}`")
+    return ok("mounts", "nothing is left over")
 
 
 def check_tools(find: Callable[[str], str | None]) -> list[Check]:

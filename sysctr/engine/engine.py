@@ -12,6 +12,7 @@ from sysctr import __version__
 from sysctr.engine import guest
 from sysctr.engine.changes import Changes
 from sysctr.engine.creation import Creation
+from sysctr.engine.disks import Disks
 from sysctr.engine.doors import Doors
 from sysctr.engine.events import Bus
 from sysctr.engine.history import History
@@ -49,6 +50,7 @@ class Engine:
         self._view = View(self._host)
         self._doors = Doors(self._host)
         self._changes = Changes(self._host)
+        self._disks = Disks(self._host)
 
     def open(self) -> None:
         """Take up work: finish or undo what a crash left, then adopt what runs."""
@@ -293,6 +295,36 @@ class Engine:
     def files_ticket(self, ref: str, request: dict) -> dict:
         """Return a ticket that moves files in or out as a tar stream, running or stopped."""
         return self._doors.files_ticket(self._find(ref), request)
+
+    # Pools
+
+    def notices(self) -> "list[str]":
+        """Return what whoever looks at the containers should know: pools that run out of room."""
+        return self._disks.notices()
+
+    def disk_usage(self) -> "list[dict]":
+        """Return what each container takes of which pool, and what limits it."""
+        return self._disks.usage()
+
+    def pool_list(self) -> "list[dict]":
+        """Return every pool with its room."""
+        return self._disks.pools()
+
+    def pool_show(self, name: str) -> dict:
+        """Return one pool with the volumes and templates in it."""
+        return self._disks.pool(name)
+
+    def pool_add(
+        self, name: str, driver: str, path: str, *, low_space: str | None = None, force: bool = False
+    ) -> dict:
+        """Make a directory of this host a pool."""
+        return self._disks.add(name, driver, path, low_space=low_space, force=force)
+
+    def pool_remove(self, name: str, *, force: bool = False) -> Task:
+        """Forget a pool that no container is in, and remove what was made in it."""
+        return self.tasks.submit(
+            "pool-remove", None, lambda _task: self._disks.remove(name, force=force), subject=f"pool {name}"
+        )
 
     # Templates
 

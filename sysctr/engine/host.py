@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _OS_RELEASE = ("/etc/os-release", "/usr/lib/os-release")
 _SETTINGS_LIMIT_BYTES = 1 << 20
+_LOOK_AT_POOLS_S = 30.0
 
 
 class Host:
@@ -132,24 +133,23 @@ class Host:
         """Return what works on a container's trees for its storage driver."""
         return TreeWorker(self.jobs_for(record), task)
 
-    def activate(self, record: Record) -> RootSpec:
+    def activate(self, record: Record, verb: str = "mount") -> RootSpec:
         """Make a container's volume mountable and return how it is mounted; `release` takes it back."""
-        return self.pools.of(record).activate(record.volume)
+        return self.pools.of(record, f"{verb} {record.id}").activate(record.volume)
 
     def release(self, number: int) -> None:
         """Take back what `activate` did for a container that does not run."""
-        for name in self.pools.names():
+        # Of a pool that has become read-only or was pulled out too: only then can it be unmounted.
+        for _name, driver in self.pools.opened():
             with contextlib.suppress(SysctrError):
-                driver = self.pools.get(name)
                 for volume in driver.active():
                     if owner(volume) == number:
                         driver.deactivate(volume)
 
     def release_unused(self) -> None:
         """Take back what a daemon that died did for containers that do not run any more."""
-        for name in self.pools.names():
+        for _name, driver in self.pools.opened():
             with contextlib.suppress(SysctrError):
-                driver = self.pools.get(name)
                 for volume in driver.active():
                     if not self.live.running(owner(volume)):
                         driver.deactivate(volume)
@@ -178,11 +178,20 @@ class Host:
 
     def _collect(self) -> None:
         while True:
-            self._trash_wanted.wait()
-            self._trash_wanted.clear()
+            wanted = self._trash_wanted.wait(_LOOK_AT_POOLS_S)
             if self._closing:
                 return
-            self.pools.empty_trash()
+            if wanted:
+                self._trash_wanted.clear()
+                self.pools.empty_trash()
+            self.tell_low_pools()
+
+    def tell_low_pools(self) -> None:
+        """Publish which pools have run low on space or inodes, once for each time that it happens."""
+        for name in self.pools.became_low():
+            room = self.pools.room(name)
+            log.warning("pool %s: %d bytes and %d inodes are free", name, room.free_bytes, room.free_inodes)
+            self.bus.publish("pool-low", pool=name, free_bytes=room.free_bytes, size_bytes=room.size_bytes)
 
     def _jobs(self, idmap: Idmap) -> JobRunner:
         return JobRunner(self.supervisor, self.stage, idmap, self.seccomp, self.cgroups.job_plan)

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 from sysctr.cgroup.base import Limits
 from sysctr.engine import guest
+from sysctr.engine.disks import fit_before_start
 from sysctr.engine.host import Host
 from sysctr.engine.live import UNKNOWN_STATUS, Live, exit_reason
 from sysctr.engine.plan import ContainerFacts, Idmap, container_plan
@@ -65,6 +66,7 @@ class Lifecycle:
             raise WrongState(f"cannot start {container_id}: its end is still being put away")
         record = host.store.load(container_id)
         record.usable("start")
+        fit_before_start(host, record, task)
         # Cheap where nothing is missing; it puts back what a reload of the host's own firewall took.
         host.network.ensure()
         host.network.forget_others(container_id, record.config.nets)

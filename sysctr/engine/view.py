@@ -7,6 +7,7 @@ from sysctr.cgroup.base import Usage
 from sysctr.config import schema
 from sysctr.engine import doctor
 from sysctr.engine.changes import Changes
+from sysctr.engine.disks import Disks, disk_limit, pool_problems
 from sysctr.engine.host import Host
 from sysctr.engine.live import Live
 from sysctr.engine.record import Record
@@ -30,13 +31,17 @@ class View:
         running = [r.id for r in records if self._host.live.running(r.id)]
         usages = self._host.cgroups.usage_all(running)
         leases = self._host.network.all_addresses()
-        return [self._short(r, usages.get(r.id), leases.get(r.id, ())) for r in records]
+        problems = pool_problems(self._host)
+        return [
+            self._short(r, usages.get(r.id), leases.get(r.id, ()), problems.get(r.pool, "")) for r in records
+        ]
 
     def short(self, record: Record) -> dict:
         """Return one container as the list shows it."""
         live = self._host.live.running(record.id)
         usage = self._host.cgroups.usage_all([record.id]).get(record.id) if live else None
-        return self._short(record, usage, self._host.network.addresses(record.id))
+        problem = pool_problems(self._host, (record.pool,)).get(record.pool, "")
+        return self._short(record, usage, self._host.network.addresses(record.id), problem)
 
     def info(self, record: Record) -> dict:
         """Return all that is known of a container."""
@@ -45,7 +50,7 @@ class View:
             **self.short(record),
             "uuid": record.uuid, "generation": record.generation, "created": record.created,
             "idmap": {"first": record.idmap_first, "count": record.idmap_count}, "volume": record.volume,
-            "disk_used_bytes": self._disk_used(record), "error": record.error,
+            "disk_used_bytes": self._disk_used(record), "disk_limit_bytes": disk_limit(self._host, record),
             "config_file": self._host.where.container_config(record.id),
         }  # fmt: skip
         template = self._host.template_of(record)
@@ -104,7 +109,8 @@ class View:
         host = self._host
         problems = [(problem.detail, problem.hint) for problem in host.network.problems()]
         versions = {"daemon": __version__, "supervisor": host.supervisor.hello()["version"]}
-        checks = [*doctor.run(host.where, host.network.bridge, problems, versions), *self._damaged()]
+        checks = doctor.run(host.where, host.network.bridge, problems, versions)
+        checks += [*Disks(host).checks(), *self._damaged()]
         return [
             {"check": c.name, "ok": c.state != "fail", "state": c.state, "detail": c.detail, "hint": c.hint}
             for c in checks
@@ -118,7 +124,9 @@ class View:
             doctor.fail("containers", f"{r.id}: {r.error}", f"`sysctr edit {r.id}` mends it") for r in damaged
         ]
 
-    def _short(self, record: Record, usage: Usage | None, addresses: "tuple[str, ...]") -> dict:
+    def _short(
+        self, record: Record, usage: Usage | None, addresses: "tuple[str, ...]", pool_error: str
+    ) -> dict:
         live = self._host.live.running(record.id)
         task = self._host.tasks.current(record.id)
         config = record.config
@@ -133,7 +141,8 @@ class View:
             "memory_max_bytes": usage.memory_max if usage else None, "pids": usage.pids if usage else None,
             "onboot": config.onboot if config else False, "protected": config.protected if config else False,
             "pending": self._changes.pending(record), "exit": None if live else record.exit,
-            "task": {"id": task.id, "kind": task.kind} if task else None, "error": record.error,
+            "task": {"id": task.id, "kind": task.kind} if task else None, "pool": record.pool,
+            "error": record.error or pool_error, "pool_error": pool_error,
         }  # fmt: skip
 
     def _booted(self, record: Record, live: Live | None) -> bool | None:
@@ -154,4 +163,3 @@ class View:
             return self._host.driver(record).usage(record.volume)
         except (SysctrError, OSError):
             return None
-

@@ -68,6 +68,21 @@ def umount2(path: str, flags: int = 0) -> None:
     check(_umount2(os.fsencode(path), flags), "umount2", path)
 
 
+def points_below(directory: str) -> "list[str]":
+    """Return where something is mounted below a directory, as this process sees it; the deepest first.
+
+    What is mounted several times at one place is there as often. Source: proc_pid_mountinfo(5).
+    """
+    found = []
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            # A space, a tab, a newline and a backslash are written in octal.
+            point = os.fsdecode(line.split()[4].decode("unicode_escape").encode("latin-1"))
+            if point.startswith(directory.rstrip("/") + "/"):
+                found.append(point)
+    return sorted(found, key=len, reverse=True)
+
+
 def pivot_root(new_root: str, put_old: str) -> None:
     """Make `new_root` the root of this mount namespace."""
     number = syscall.old_number("pivot_root")

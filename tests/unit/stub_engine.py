@@ -154,6 +154,25 @@ class Engine:
     def files_ticket(self, ref: str, request: dict) -> dict:
         return {"ticket": "cc" * 16, "socket": self.where.ticket_socket}
 
+    def notices(self) -> "list[str]":
+        return []
+
+    def disk_usage(self) -> "list[dict]":
+        return []
+
+    def pool_list(self) -> "list[dict]":
+        return []
+
+    def pool_show(self, name: str) -> dict:
+        return {"name": name}
+
+    def pool_add(self, name: str, driver: str, path: str, **options: Any) -> dict:
+        self.calls.append(("pool-add", name, driver, path, options))
+        return {"name": name}
+
+    def pool_remove(self, name: str, *, force: bool = False) -> Task:
+        return self._act("pool-remove", name, {"force": force})
+
     def template_list(self) -> "list[dict]":
         return []
 

@@ -39,7 +39,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_the_list_comes_as_the_engine_gives_it(shared: Served) -> None:
     status, answer = shared.request("GET", "/1/containers?tag=web")
     assert status == 200
-    assert answer == {"containers": shared.engine.list()}
+    assert answer == {"containers": shared.engine.list(), "notices": []}
 
 
 def test_an_action_is_accepted_as_a_task_that_can_be_waited_for(shared: Served) -> None:
