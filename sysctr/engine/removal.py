@@ -91,7 +91,9 @@ def remove_network(where: Layout) -> list[str]:
         network = Network(where, Settings(settings.bridge, settings.subnet, settings.domain))
         network.teardown()
         network.close()
-    except (ImportError, SysctrError) as error:
+    except ImportError:
+        pass  # The packages went with an earlier uninstall, and so did what only they can undo.
+    except SysctrError as error:
         print(f"  network: {error}; removing what carries our names", file=sys.stderr)
     for name in sorted(os.listdir("/sys/class/net")):
         if name == where.bridge or _is_our_veth(where, name):
