@@ -22,10 +22,12 @@ else
 fi
 COMPLETION=/usr/share/bash-completion/completions/sysctr
 UNITS=/etc/systemd/system
+# In the order of starting.
+SERVICES=(sysctr-supervisor.service sysctrd.service sysctr-containers.service)
 SYSCTL=/etc/sysctl.d/90-sysctr.conf
 # Kept by an uninstall without --purge, so that a later one still knows what was brought.
 CHANGES=$LIB/changes
-export PREFIX ETC LIB RUN LOG LAUNCHER COMPLETION UNITS SYSCTL CHANGES
+export PREFIX ETC LIB RUN LOG LAUNCHER COMPLETION UNITS SERVICES SYSCTL CHANGES
 
 say() { printf '%s\n' "$*"; }
 warn() { printf '%s\n' "$*" >&2; }
