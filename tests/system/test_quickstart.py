@@ -26,6 +26,17 @@ def run(root: str, script: str, *arguments: str, **env: str) -> subprocess.Compl
     )  # fmt: skip
 
 
+def sysctr(root: str, *arguments: str) -> str:
+    """Run the launcher of an installation and return what it prints."""
+    return subprocess.run(
+        [f"{root}/bin/sysctr", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+
+
 @pytest.fixture(scope="module")
 def installed() -> Iterator[str]:
     node = Node()
@@ -66,6 +77,21 @@ def test_a_half_installed_version_is_finished(installed: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (venv / ".complete").exists()
     assert "Python packages into" in done.stdout
+
+
+def test_where_apt_has_no_debian_demo_is_made_of_tiny(installed: str, tmp_path: Path) -> None:
+    # As on Ubuntu, whose apt knows other archives only.
+    settings = tmp_path / "apt.conf"
+    settings.write_text('Dir::Etc::sourcelist "/dev/null";\nDir::Etc::sourceparts "/dev/null";\n')
+    done = run(installed, "quickstart", APT_CONFIG=str(settings))
+    try:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "The apt of this host has no Debian archive" in done.stdout
+        assert "bootstrap.sources.bookworm=ADDRESS" in done.stdout
+        assert sysctr(installed, "status", "demo") == "running\n"
+        assert sysctr(installed, "exec", "demo", "--", "busybox", "true") == ""
+    finally:
+        sysctr(installed, "destroy", "--yes", "--force", "demo")
 
 
 def test_the_checkout_stays_as_it_was(installed: str) -> None:
