@@ -178,6 +178,7 @@ class Node:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.run("destroy", "--all", "--force", "--yes", check=False, timeout_s=120)
             stubborn = removal.stop_processes(self.layout)
+            self._in_namespaces(removal.unmount_all)
             self._in_namespaces(removal.remove_network)
             removal.remove_cgroups(self.layout)
             removal.remove_id_ranges(self.layout)

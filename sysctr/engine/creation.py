@@ -1,6 +1,7 @@
 """Creating and destroying containers: one is there completely, or nothing of it is."""
 
 import contextlib
+import dataclasses
 import logging
 from contextlib import ExitStack
 
@@ -9,6 +10,7 @@ from sysctr.config import host as host_settings
 from sysctr.config import schema, toml, values
 from sysctr.engine import guest
 from sysctr.engine.changes import with_macs
+from sysctr.engine.disks import disk_limit
 from sysctr.engine.host import Host, owner
 from sysctr.engine.lifecycle import Lifecycle, limits_of
 from sysctr.engine.pools import HOME
@@ -71,6 +73,7 @@ class Creation:
                 record.volume, base, host.worker(record, task), size_bytes=record.config.limits.disk_bytes
             )
             undo.callback(driver.destroy, record.volume)
+            record = _with_limit(record, disk_limit(host, record))
             undo.callback(host.network.release, number)
             host.network.ensure()
             # Now, so that a taken address is told before anything runs.
@@ -171,3 +174,12 @@ class Creation:
                 "leave --disk out, or choose another --pool",
             )
         check_enforceable(record.id, limits_of(record), host.cgroups.available)
+
+
+def _with_limit(record: Record, size_bytes: int | None) -> Record:
+    """Let the configuration say which limit a disk has that cannot be without one."""
+    if size_bytes is None or record.config is None or record.config.limits.disk_bytes is not None:
+        return record
+    text = toml.edit(record.config_text, {"limits.disk": values.format_size(size_bytes)})
+    config = schema.parse_config(toml.read_container(text))
+    return dataclasses.replace(record, config=config, config_text=text)

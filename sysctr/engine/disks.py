@@ -193,6 +193,8 @@ def fit_before_start(host: Host, record: Record, task: Task | None = None) -> No
         try:
             fit_disk(host, record, task)
         except SysctrError as error:
+            if record.config is not None and record.config.limits.disk_bytes is None:
+                return  # an image has always a size, and nobody asked for another one
             reason = error.message.partition(": ")[2] or error.message
             hint = error.hint or f"`sysctr set {record.id} disk=` says another one"
             raise type(error)(

@@ -131,7 +131,9 @@ def _settings(doing: str, name: str, kind: str, path: str, low_space: str | None
     try:
         return pool_config.parse_pool(mapping)
     except ConfigError as error:
-        raise UsageError(f"cannot {doing}: {error.message.partition(': ')[2]}", error.hint) from error
+        raise UsageError(
+            f"cannot {doing}: {error.message.removeprefix('cannot accept ')}", error.hint
+        ) from error
 
 
 def _refuse_place(where: Layout, pools: Pools, doing: str, name: str, path: str) -> None:

@@ -1,21 +1,23 @@
-"""Takes an installation's traces off the host: its processes, links, table, cgroups and id ranges.
+"""Takes an installation's traces off the host: its processes, mounts, links, table, cgroups and id ranges.
 
 packaging/uninstall runs it, and so do the tests after each host. It works on what it finds, whether or not
 the daemon still runs, and gets by with the standard library. Containers' data is not touched.
 """
 
 import contextlib
+import errno
 import os
 import select
 import signal
 import socket
 import struct
 import sys
+import tomllib
 
 from sysctr.engine import lxcfs
 from sysctr.engine.ids import IdPool
 from sysctr.errors import SysctrError
-from sysctr.linux import process
+from sysctr.linux import mount, process
 from sysctr.paths import Layout, layout
 
 _NFT_FAMILIES = ("inet", "ip", "ip6", "bridge", "arp", "netdev")
@@ -77,6 +79,56 @@ def stop_processes(where: Layout, deadline_s: float = 20) -> list[int]:
     _end_dnsmasq(where)
     lxcfs.stop(where)
     return stubborn
+
+
+def unmount_all(where: Layout) -> list[str]:
+    """Unmount what is mounted below the run directory, such as disk images, and free their loop devices."""
+    removed = []
+    for point in mount.points_below(where.run):
+        with contextlib.suppress(OSError):
+            try:
+                mount.umount2(point)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                # Somebody looks around in there; the file system goes when they leave.
+                mount.umount2(point, mount.MNT_DETACH)
+            removed.append(f"mount {point}")
+    places = [where.lib, *(path for _name, path in pools_outside(where))]
+    for device, image in _loop_devices():
+        if any(image.startswith(f"{place}/") for place in places):
+            # Those of a mount go with it; this is one whose mount never came to be.
+            with contextlib.suppress(process.ProgramFailed):
+                process.run(["losetup", "--detach", device])
+                removed.append(f"loop device {device}")
+    return removed
+
+
+def pools_outside(where: Layout) -> list[tuple[str, str]]:
+    """Return names and paths of the pools that are not among the installation's own files.
+
+    Read by the standard library: a file that it cannot read names no pool.
+    """
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for file_name in sorted(os.listdir(where.pool_configs)):
+            name, dot, kind = file_name.rpartition(".")
+            with contextlib.suppress(OSError, ValueError):
+                if dot and kind == "toml":
+                    with open(f"{where.pool_configs}/{file_name}", "rb") as file:
+                        path = tomllib.load(file).get("path")
+                    if isinstance(path, str) and not path.startswith(f"{where.lib}/"):
+                        found.append((name, path))
+    return found
+
+
+def _loop_devices() -> list[tuple[str, str]]:
+    """Return every loop device that is in use with the file behind it; one that is being freed has none."""
+    found = []
+    for name in os.listdir("/sys/block"):
+        with contextlib.suppress(OSError), open(f"/sys/block/{name}/loop/backing_file") as file:
+            found.append((f"/dev/{name}", file.read().strip()))
+    return found
 
 
 def remove_network(where: Layout) -> list[str]:
@@ -145,11 +197,15 @@ def main(*, keep_ids: bool = False) -> int:
     where = layout()
     for pid in stop_processes(where):
         print(f"process {pid} would not end", file=sys.stderr)
-    removed = remove_network(where) + remove_cgroups(where)
+    outside = pools_outside(where)
+    removed = unmount_all(where) + remove_network(where) + remove_cgroups(where)
     if not keep_ids:
         removed += remove_id_ranges(where)
     for line in removed:
         print(f"  removed {line}")
+    for name, path in outside:
+        # Its disk may be another one, with other things: only its administrator can tell.
+        print(f"  kept pool {name} in {path} with all that is in it: delete it yourself if nobody needs it")
     return 0
 
 
