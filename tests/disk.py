@@ -55,7 +55,7 @@ def _mounted(directory: str, argv: list[str], size_bytes: int, options: str) -> 
 def fill(directory: str) -> None:
     """Write files until there is no block left, for small records neither."""
     for chunk in (1 << 20, 4096, 1):
-        with open(f"{directory}/filler-{chunk}", "ab", buffering=0) as file, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), open(f"{directory}/filler-{chunk}", "ab", buffering=0) as file:
             while True:
                 file.write(bytes(chunk))
                 os.fsync(file.fileno())

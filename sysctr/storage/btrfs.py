@@ -197,6 +197,13 @@ class BtrfsDriver(RecordedDriver):
             number = int(file.read())
         return None if name.startswith("max_") and number in _NO_LIMIT else number
 
+    def _discard(self, path: str) -> None:
+        # A read-only subvolume cannot be renamed, and deleting one takes a moment.
+        try:
+            self._delete(path)
+        except SysctrError as error:
+            log.warning("%s stays for now: %s", path, error)
+
     def _delete(self, path: str) -> None:
         """Delete a directory of ours and the subvolumes in it."""
         doing = f"delete {path}"

@@ -31,8 +31,8 @@ _BLOCK_BYTES = 4096
 # A container has many small files: mke2fs's own 16 KiB for each inode is meant for a disk of everything. The
 # tables are holes in the image until they are used.
 _BYTES_PER_INODE = 8192
-# mke2fs takes up to 1 GiB, which is allocated at once.
-_MAX_JOURNAL_MIB = 64
+# A journal keeps its size when the image grows. What mke2fs takes for 16 GiB is enough for more, too.
+_MIN_JOURNAL_MIB, _MAX_JOURNAL_MIB = 4, 64
 
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_SET_CAPACITY = 0x4C07
@@ -67,9 +67,11 @@ def make(path: str, size_bytes: int) -> None:
     """
     doing = f"make the disk {path}"
     check_size(doing, size_bytes)
-    options = ["-m", "0", "-i", str(_BYTES_PER_INODE), "-b", str(_BLOCK_BYTES), "-e", "remount-ro"]
-    if size_bytes > 8 << 30:
-        options += ["-J", f"size={_MAX_JOURNAL_MIB}"]
+    journal = min(max(size_bytes >> 24, _MIN_JOURNAL_MIB), _MAX_JOURNAL_MIB)
+    options = [
+        "-m", "0", "-i", str(_BYTES_PER_INODE), "-b", str(_BLOCK_BYTES), "-e", "remount-ro",
+        "-J", f"size={journal}",
+    ]  # fmt: skip
     # All of it is a hole, which reads as zeros: nothing has to be written, now or by a thread after mounting.
     extended = "lazy_itable_init=0,lazy_journal_init=1,root_owner=0:0"
     with _new_file(path, doing) as file_fd:
@@ -105,8 +107,9 @@ def mount(path: str, directory: str, *, read_only: bool = False) -> None:
         try:
             device = os.readlink(f"/proc/self/fd/{device_fd}")
             flags = mounts.MS_NODEV | (mounts.MS_RDONLY if read_only else 0)
-            # Blocks that are freed inside become holes in the image.
-            mounts.mount(device, directory, "ext4", flags, None if read_only else "discard")
+            # Blocks that are freed inside become holes in the image. Tables that were never written are
+            # holes, too, which a thread of the kernel would else fill with zeros.
+            mounts.mount(device, directory, "ext4", flags, None if read_only else "discard,noinit_itable")
         finally:
             os.close(device_fd)
     except FileNotFoundError as error:

@@ -21,6 +21,7 @@ from sysctr.storage.recorded import RecordedDriver
 
 # What Proxmox makes of a container that nobody said a size for.
 DEFAULT_SIZE_BYTES = 8 << 30
+_TEMPLATE_ROOM_BYTES = 32 << 20
 
 
 class LoopDriver(RecordedDriver):
@@ -28,6 +29,7 @@ class LoopDriver(RecordedDriver):
 
     kind = "loop"
     disk = "disk.img"
+    default_size_bytes = DEFAULT_SIZE_BYTES
 
     def __init__(self, pool: str, run_directory: str) -> None:
         super().__init__(pool, run_directory)
@@ -130,11 +132,9 @@ class LoopDriver(RecordedDriver):
         return images.size_of(path)
 
     def _fill_disk(self, path: str, base: Base, worker: Worker) -> None:
-        size_bytes = DEFAULT_SIZE_BYTES
-        # Inode tables, and small files that take a block each.
-        while size_bytes < tree.size_bytes(base.tree) * 3 // 2:
-            size_bytes *= 2
-        images.make(path, size_bytes)
+        # As small as it may be, because an image grows in a moment, and shrinks only so far: the tables for
+        # what it was made for stay. A quarter is room for the tables, and for what is counted otherwise here.
+        images.make(path, tree.size_bytes(base.tree) * 5 // 4 + _TEMPLATE_ROOM_BYTES)
         with self._mounted(path) as directory:
             source = RootSpec((Tree("base", base.tree, read_only=True),))
             worker.copy(source, f"{directory}/{images.CONTENT}")

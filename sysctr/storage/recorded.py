@@ -38,6 +38,7 @@ class RecordedDriver(ABC):
 
     kind: ClassVar[str]
     disk: ClassVar[str]  # the file name of a template's disk, and the beginning of a volume's
+    default_size_bytes: ClassVar[int | None] = None
     traits: Traits
 
     def __init__(self, pool: str, run_directory: str) -> None:
@@ -112,6 +113,8 @@ class RecordedDriver(ABC):
     ) -> None:
         """Make a volume with the files of a template, which the first of its volumes brings to this pool."""
         doing = f"create volume {volume}"
+        if size_bytes is None:
+            size_bytes = self.default_size_bytes
         with self.records.making(volume, doing) as hidden:
             disk = self._new_name()
             self._point("create.begun")
@@ -169,7 +172,7 @@ class RecordedDriver(ABC):
         ):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(os.path.dirname(kept), 0o700)
-            self.records.trash.throw(kept)
+            self._discard(kept)
             undo.callback(self._discard, kept)
             self._keep_disk(volume, disk, kept, pause)
             self._point("snapshot.kept")

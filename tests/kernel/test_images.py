@@ -45,6 +45,10 @@ def read(path: str) -> bytes:
         return file.read()
 
 
+def sync(path: str) -> None:
+    subprocess.run(["sync", "--file-system", path], check=True)
+
+
 def check(image: str) -> None:
     """See that an image is whole and was unmounted in order."""
     subprocess.run(["e2fsck", "-f", "-n", image], check=True, capture_output=True)
@@ -153,10 +157,10 @@ def test_the_size_holds(image, place) -> None:
 def test_what_is_deleted_inside_gives_its_room_back(image, place) -> None:
     images.mount(image, f"{place}/m")
     write(f"{place}/m/{images.CONTENT}/file", 32 * MIB)
-    os.sync()
+    sync(f"{place}/m")
     full = os.stat(image).st_blocks * 512
     os.unlink(f"{place}/m/{images.CONTENT}/file")
-    os.sync()
+    sync(f"{place}/m")
     wait_until(lambda: os.stat(image).st_blocks * 512 < full - 30 * MIB)
 
 
@@ -227,7 +231,7 @@ def test_an_image_that_was_not_unmounted_is_settled_before_it_is_looked_at(image
     images.mount(image, f"{place}/m")
     write(f"{place}/m/{images.CONTENT}/file", MIB)
     # The state that a crash of the host leaves: all is written, and nothing closed.
-    subprocess.run(["sync", "--file-system", f"{place}/m"], check=True)
+    sync(f"{place}/m")
     subprocess.run(["cp", "--sparse=always", image, f"{place}/crashed.img"], check=True)
     shown = subprocess.run(
         ["dumpe2fs", "-h", f"{place}/crashed.img"], capture_output=True, text=True, check=True
@@ -247,10 +251,10 @@ def test_copies_share_blocks_where_the_file_system_can(tmp_path, fstype, shares)
         images.mount(f"{place}/a.img", f"{tmp_path}/m")
         write(f"{tmp_path}/m/{images.CONTENT}/file", 16 * MIB)
         images.unmount(f"{tmp_path}/m")
-        os.sync()
+        sync(place)
         free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
         images.copy(f"{place}/a.img", f"{place}/b.img")
-        os.sync()
+        sync(place)
         taken = free - os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
         assert (taken < 4 * MIB) is shares
         assert os.stat(f"{place}/b.img").st_blocks * 512 < 32 * MIB
