@@ -47,6 +47,15 @@ _BTRFS = {
     "SET_RECEIVED_SUBVOL (32 bit)": 0xC0C09425,
     "SNAP_DESTROY_V2": 0x5000943F,
 }
+# What the kernel leaves to the host's root today: one check of a capability each, and old code behind it.
+_BTRFS_ADMINISTRATION = {
+    "DEFAULT_SUBVOL": 0x40089413,
+    "QUOTA_CTL": 0xC0109428,
+    "QGROUP_ASSIGN": 0x40189429,
+    "QGROUP_CREATE": 0x4010942A,
+    "QGROUP_LIMIT": 0x8030942B,
+    "QUOTA_RESCAN": 0x4040942C,
+}
 
 # An int in a 64-bit register: the kernel looks at the lower half alone, so the filter must too. Compared
 # whole, AF_ALG + (1 << 32) would pass the filter and be AF_ALG to the kernel (flatpak's CVE-2019-10063).
@@ -176,6 +185,15 @@ RULES = (
             (Condition(1, number, f"BTRFS_IOC_{name}"),),
         )
         for name, number in _BTRFS.items()
+    ),
+    *(
+        Rule(
+            ("ioctl",),
+            errno.ENOTTY,
+            "the file system that containers share, and its quotas, are the host's to administer",
+            (Condition(1, number, f"BTRFS_IOC_{name}"),),
+        )
+        for name, number in _BTRFS_ADMINISTRATION.items()
     ),
 )
 
