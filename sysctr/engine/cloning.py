@@ -42,7 +42,7 @@ class Cloning:
         if record.damaged:
             record.usable("clone")
         if spec.get("pool"):
-            self._host.pools.get(spec["pool"])
+            self._host.pools.get(spec["pool"], f"clone {record.id}")
         self._configuration(record, spec)
 
     def clone(self, task: Task, source_id: int, spec: dict[str, Any], number: int) -> dict[str, Any]:

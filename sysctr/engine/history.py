@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 import time
 from typing import Any
 
@@ -42,8 +43,8 @@ class History:
         self._notes = notes
 
         def saved(number: int) -> None:
-            notes.keep(number)
-            self._scheduler.look()
+            if notes.keep(number):
+                self._scheduler.look()
 
         host.store.on_saved = saved
 
@@ -72,14 +73,12 @@ class History:
                 record = self._host.store.load(number)
                 self._submit("start", record, lambda task, number=number: self._lifecycle.start(task, number))
         self._scheduler.start()
+        # Volumes that an earlier version made have none.
+        threading.Thread(target=self._notes.keep_all, name="notes", daemon=True).start()
 
     def close(self) -> None:
         """End what goes on by itself."""
         self._scheduler.close()
-
-    def keep_notes(self) -> None:
-        """Write the notes of volumes that have none."""
-        self._notes.keep_all()
 
     def orphans(self) -> list[str]:
         """Return, in words, what belongs to no container."""

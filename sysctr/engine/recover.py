@@ -32,29 +32,31 @@ class Notes:
         self._lock = threading.Lock()
         self._known: dict[int, dict[str, Any]] = {}
 
-    def keep(self, number: int) -> None:
-        """Write the note of a container whose record or configuration was written, where it differs."""
+    def keep(self, number: int) -> bool:
+        """Write the note of a container whose record or configuration was written; tell whether it differs."""
         try:
             record = self._host.store.load(number)
             if record.damaged or record.error:
-                return
+                return False
             saved = Saved(**{name: getattr(record, name) for name in Saved.__dataclass_fields__})
             note = {
                 "record": json.loads(format_record(replace(saved, **_PASSING))), "config": record.config_text
             }  # fmt: skip
             with self._lock:
                 if self._known.get(number) == note:
-                    return
+                    return False
                 driver = self._host.driver(record)
                 if not hasattr(driver, "set_note"):
-                    return
+                    return False
                 if driver.note(record.volume) != note:
                     driver.set_note(record.volume, note)
                 self._known[number] = note
+                return True
         except NotFound:
             pass  # destroyed meanwhile
         except (SysctrError, OSError) as error:
             log.warning("%d: its volume's note is not current: %s", number, error)
+        return False
 
     def keep_all(self) -> None:
         """Write what is missing, as on volumes that an earlier version made."""

@@ -143,7 +143,7 @@ def test_a_clone_that_fails_leaves_nothing(kept: Kept) -> None:
     before, volumes = host.json("list"), kept.volumes()
     refused(host, 4, "has it", "clone", ref, ref)
     refused(host, 2, "cannot clone", "clone", ref, "Not_A_Name")
-    refused(host, 3, "no pool nowhere", "clone", ref, "free", "--pool", "nowhere")
+    refused(host, 3, "pool nowhere", "clone", ref, "free", "--pool", "nowhere")
     refused(host, 3, "cannot find snapshot", "clone", ref, "free", "--snapshot", "none")
     refused(host, 2, "no such key", "clone", ref, "free", "--set", "limits.colour=1")
     refused(host, 5, "", "clone", ref, "free", "--set", "net.1=name=eth1,bridge=nowhere0,ip=manual")
