@@ -76,6 +76,8 @@ CREATE = (
     Field("password", Nullable(Text(1024)), "root's password"),
     Field("environment", ENVIRONMENT, "environment of the init"),
     Field("tags", Array(Text(63)), "tags"),
+    Field("mounts", Array(Anything(), 32), "mount points: the keys of [mount.N], or target=T,size=S"),
+    Field("devices", Array(Anything(), 32), "devices: the keys of [device.N], or fuse, tun, a path"),
     Field("nets", Array(Anything(), 16), "network cards: the keys of [net.N], or name=eth0,bridge=B,ip=A/N"),
     Field("onboot", Boolean(), "start it with the host"),
     Field("start", Boolean(), "start it at once"),
@@ -210,6 +212,29 @@ ROUTES: tuple[Route, ...] = (
             Field("digest", Text(128), "of the text that was edited", required=True),
         ),
         answer="applied pending",
+    ),
+    Route(
+        "GET", "/1/containers/{ref}/mounts", lambda engine, call: {"mounts": engine.mount_list(call.ref)},
+        "mount points, devices and kept volumes", answer="mounts",
+    ),
+    Route(
+        "POST", "/1/containers/{ref}/mounts", lambda engine, call: engine.mount_add(call.ref, **call.body),
+        "add a mount point or a device, at once where it runs",
+        (
+            Field("mount", Anything(), "the keys of [mount.N], or one line: target=/data,size=8G"),
+            Field("device", Anything(), "the keys of [device.N], or one line: fuse"),
+        ),
+        answer="applied pending notes key",
+    ),
+    Route(
+        "DELETE", "/1/containers/{ref}/mounts",
+        lambda engine, call: engine.mount_remove(call.ref, **call.body),
+        "remove a mount point or a device",
+        (
+            Field("which", PATH, "its target, number or table, or a kept volume", required=True),
+            Field("data", Nullable(Text(choices=("keep", "delete"))), "what becomes of a volume"),
+        ),
+        answer="applied pending notes volume deleted",
     ),
     Route(
         "POST", "/1/containers/{ref}/rename", lambda engine, call: engine.rename(call.ref, call.body["name"]),

@@ -36,6 +36,9 @@ COMMANDS = {
         "change",
         "give a container another name; its host name inside follows at the next start",
     ),
+    "mount list": ("mounts", "change", "list the mount points and devices of a container"),
+    "mount add": ("mounts", "change", "add a mount point or a device to a container"),
+    "mount remove": ("mounts", "change", "remove a mount point or a device from a container"),
     "passwd": ("settings", "change", "set a password inside a container"),
     "protect": ("settings", "change", "keep containers from being destroyed"),
     "delsnapshot": ("snapshot", "change", "delete snapshots of a container"),
@@ -67,7 +70,7 @@ COMMANDS = {
     "completion": ("help", "help", "print the completion script of a shell"),
     "_words": ("help", "", "list names for the completion scripts"),
 }
-FAMILIES = ("template", "pool", "task", "daemon")
+FAMILIES = ("mount", "template", "pool", "task", "daemon")
 
 
 def split_command(argv: "list[str]") -> "tuple[str, list[str]]":

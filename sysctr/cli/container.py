@@ -166,6 +166,7 @@ def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
         ("traffic", _traffic(usage)),
         ("processes", plain(usage.get("pids"))),
         ("snapshots", plain(container.get("snapshots") or None)),
+        *((_mount_label(mount), _mount(mount)) for mount in container.get("mounts") or []),
         ("limits", plain(container.get("limits"))),
         ("environment", plain(container.get("environment"))),
         ("start on boot", plain(container.get("onboot"))),
@@ -185,6 +186,18 @@ def _at(ended: "Any") -> str:
 
 def _ids(idmap: "dict[str, int] | None") -> str:
     return f"{idmap['first']} to {idmap['first'] + idmap['count'] - 1}" if idmap else ""
+
+
+def _mount_label(mount: "dict[str, Any]") -> str:
+    return str(mount["key"]).replace(".", " ") or "kept volume"
+
+
+def _mount(mount: "dict[str, Any]") -> str:
+    # A tmpfs has no source, and a kept volume no target.
+    source = mount["source"] or mount["kind"]
+    shown = f"{source} on {mount['target']}" if mount["target"] else source
+    notes = [*mount["options"], *([mount["state"]] if mount["state"] in ("pending", "leaving") else [])]
+    return f"{shown} ({', '.join(notes)})" if notes else shown
 
 
 def _traffic(usage: "dict[str, Any]") -> str:

@@ -60,6 +60,17 @@ def _arguments(parser: "argparse.ArgumentParser") -> None:
         help="a network card: [name=]eth0[,bridge=B][,ip=A/N|managed|manual][,gw=A][,mac=M][,mtu=N]; may be "
         "repeated (default: eth0 on the bridge of sysctr, ip=managed)",
     )
+    parser.add_argument(
+        "--mount",
+        metavar="MOUNT",
+        action="append",
+        default=[],
+        help="a mount point: target=T with size=S for a volume of its own, source=PATH for one of the host, "
+        "volume=NAME or tmpfs; may be repeated, `sysctr mount add --help` shows all",
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", action="append", default=[], help="fuse, tun, or a path below /dev"
+    )
     key = parser.add_argument(
         "--ssh-key", metavar="F", action="append", default=[], help="public keys that may log in as root"
     )
@@ -112,6 +123,8 @@ def request(arguments: "argparse.Namespace") -> "dict[str, Any]":
         "environment": dict(assignment(text, "--env") for text in arguments.env),
         "tags": arguments.tag,
         "nets": arguments.net,
+        "mounts": arguments.mount,
+        "devices": arguments.device,
         "onboot": arguments.onboot,
         "start": arguments.start,
     }

@@ -157,6 +157,8 @@ def _report(answer: "dict[str, Any]", as_json: bool) -> None:
         print(f"applied: {neutralise(key)}")
     for key in answer.get("pending") or []:
         print(f"pending until the next start: {neutralise(key)}")
+    for note in answer.get("notes") or []:
+        notice(note)
 
 
 def _edit_arguments(parser: "argparse.ArgumentParser") -> None:

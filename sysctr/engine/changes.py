@@ -6,11 +6,13 @@ from contextlib import ExitStack
 
 from sysctr.cgroup.base import check_enforceable
 from sysctr.config import schema, toml
+from sysctr.config.mounts import Mount
 from sysctr.engine.disks import disk_differs, fit_disk
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import limits_of
+from sysctr.engine.mounts import tables
 from sysctr.engine.record import Record
-from sysctr.errors import ConfigError, SysctrError
+from sysctr.errors import ConfigError, SysctrError, UsageError
 from sysctr.network.addresses import random_mac
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,38 @@ class Changes:
         """Give the container another name."""
         return self.apply(record, {"name": name})
 
+    def add_mount(self, record: Record, line: object, *, device: bool = False) -> dict:
+        """Add a mount point or a device under a free number; at once where the container runs."""
+        added = self._host.mounts.changes_to_add(record, line, device=device)
+        return {**self.apply(record, added["changes"]), "key": added["key"]}
+
+    def remove_mount(self, record: Record, which: str, data: str | None) -> dict:
+        """Remove what `find` finds; `data` is "keep" or "delete", and has to be said of a volume."""
+        mounts = self._host.mounts
+        found = mounts.find(record, which)
+        volume = found if isinstance(found, str) else ""
+        if isinstance(found, Mount) and found.kind in ("volume", "shared"):
+            volume = mounts.volume_of(record, found).name
+        shared = isinstance(found, Mount) and found.kind == "shared"
+        if volume and data is None and not shared:
+            raise UsageError(
+                f"cannot remove {which}: it has a volume with data, {volume}", "say --keep or --delete"
+            )
+        delete = bool(volume) and data == "delete"
+        if isinstance(found, str):
+            answer = {"applied": [], "pending": [], "notes": [], "key": ""}
+        else:
+            if delete and shared:
+                mounts.refuse_shared(record, found)
+            answer = {**self.apply(record, {found.key: None}), "key": found.key}
+        stays = delete and answer["key"] in answer["pending"]
+        if stays:
+            later = f"sysctr mount remove {record.id} {volume} --delete"
+            answer["notes"].append(f"the volume {volume} is kept while it is mounted: `{later}` after that")
+        elif delete:
+            mounts.discard(record, volume)
+        return {**answer, "volume": volume, "deleted": delete and not stays}
+
     def replace(self, record: Record, text: str, digest: str) -> dict:
         """Take `text` as the whole configuration, apply what can be applied, and say what waits."""
         host = self._host
@@ -68,6 +102,7 @@ class Changes:
             limits_differ = in_force is not None and in_force.limits != new.limits
             with ExitStack() as undo:
                 self._fit_disk(old, draft, undo)
+                followed = host.mounts.follow(draft, old, in_force, undo)
                 if limits_differ:
                     host.cgroups.set_limits(record.id, limits_of(draft))
                 saved = host.store.save_config(record.id, text, digest)
@@ -77,6 +112,9 @@ class Changes:
             if limits_differ:
                 known = toml.edit(record.boot_config, _limits(new))
                 saved = host.store.update(record.id, boot_config=known)
+            if followed.done:
+                known = toml.edit(saved.boot_config, tables(new, followed.done))
+                saved = host.store.update(record.id, boot_config=known)
         if old is None or old.name != new.name:
             host.register_name(saved)
         host.bus.publish("container", id=record.id, change="configured", keys=list(changed))
@@ -85,6 +123,7 @@ class Changes:
             "applied": [key for key in dict.fromkeys((*changed, *waited)) if key not in pending],
             "pending": pending,
             "digest": saved.digest,
+            "notes": list(followed.notes),
         }
 
     def pending(self, record: Record) -> "list[str]":

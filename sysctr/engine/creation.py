@@ -47,6 +47,9 @@ class Creation:
         )
         for index, net in enumerate(spec.get("nets") or [{"name": "eth0"}]):
             changes |= schema.plain_changes({f"net.{index}": net})
+        for kind in ("mount", "device"):
+            for index, line in enumerate(spec.get(f"{kind}s") or ()):
+                changes |= schema.plain_changes({f"{kind}.{index}": line})
         host.pools.get(self._pool(spec), f"create {spec['name']}")
         changes |= {"name": spec["name"], "template": template}
         if spec.get("tags"):
@@ -74,6 +77,7 @@ class Creation:
             )
             undo.callback(driver.destroy, record.volume)
             record = _with_limit(record, disk_limit(host, record))
+            host.mounts.prepare(record, None, undo, task)
             undo.callback(host.network.release, number)
             host.network.ensure()
             # Now, so that a taken address is told before anything runs.

@@ -98,7 +98,9 @@ class Doors:
             return {"request": inner}
         spec = self._host.activate(record)
         idmap = self._host.jobs_for(record).idmap
-        plan = volume_job_plan(record.id, spec, idmap, self._host.stage, program)
+        # What is in its volumes is seen where they will be mounted; the host's own paths are not a job's.
+        mounts = self._host.mounts.activate(record, volumes_only=True)
+        plan = volume_job_plan(record.id, spec, idmap, self._host.stage, program, mounts)
         return {"plan": {**plan, "cgroup": self._host.cgroups.job_plan()}, "streams": streams}
 
     def _cgroup(self, record: Record) -> dict:

@@ -269,6 +269,23 @@ class Engine:
         """Return a container's configuration as text and values, and what waits for a restart."""
         return self._changes.show(self._find(ref))
 
+    def mount_list(self, ref: str) -> "list[dict]":
+        """Return a container's mount points and devices, and volumes of its own that are not mounted."""
+        return self._host.mounts.list(self._find(ref))
+
+    @naming
+    def mount_add(self, ref: str, mount: object = None, device: object = None) -> dict:
+        """Add a mount point or a device, to a running container at once; returns what `set_config` does."""
+        if (mount is None) == (device is None):
+            raise UsageError("cannot add a mount: name a mount or a device, and not both")
+        line = mount if mount is not None else device
+        return self._changes.add_mount(self._find(ref), line, device=mount is None)
+
+    @naming
+    def mount_remove(self, ref: str, which: str, data: str | None = None) -> dict:
+        """Remove a mount point, a device or a kept volume; `data` of a volume is "keep" or "delete"."""
+        return self._changes.remove_mount(self._find(ref), which, data)
+
     @naming
     def set_config(self, ref: str, changes: dict) -> dict:
         """Change keys; returns what holds at once and what waits for a restart."""

@@ -14,6 +14,7 @@ from sysctr.engine.events import Bus
 from sysctr.engine.ids import default_count
 from sysctr.engine.job import JobRunner
 from sysctr.engine.live import Live, LiveTable
+from sysctr.engine.mounts import Mounts
 from sysctr.engine.plan import Idmap
 from sysctr.engine.pools import Pools
 from sysctr.engine.record import Record
@@ -55,6 +56,7 @@ class Host:
             where, Settings(bridge=network.bridge, subnet=network.subnet, domain=network.domain)
         )
         self.stage = f"{where.run}/stage"
+        self.mounts = Mounts(self)
         self.os_release = _read_os_release()
         self._seccomp: bytes | None = None
         self._seccomp_lock = threading.Lock()
@@ -145,13 +147,16 @@ class Host:
                 for volume in driver.active():
                     if owner(volume) == number:
                         driver.deactivate(volume)
+        self.mounts.release(number)
 
     def release_unused(self) -> None:
         """Take back what a daemon that died did for containers that do not run any more."""
-        for _name, driver in self.pools.opened():
+        for name, driver in self.pools.opened():
             with contextlib.suppress(SysctrError):
                 for volume in driver.active():
-                    if not self.live.running(owner(volume)):
+                    number = owner(volume)
+                    used = self.live.running(number) if number else self.mounts.is_used(name, volume)
+                    if not used:
                         driver.deactivate(volume)
 
     def register_name(self, record: Record) -> None:

@@ -73,6 +73,7 @@ class Lifecycle:
         with ExitStack() as undo:
             placement = host.cgroups.create(container_id, limits_of(record), record.idmap_first)
             undo.callback(self.quietly, host.cgroups.destroy, container_id)
+            undo.callback(self.quietly, host.release, container_id)
             facts = self._facts(record)
             plan = container_plan(facts)
             plan["cgroup"] = {"into": placement.into, "tasks": list(placement.tasks)}
@@ -133,6 +134,7 @@ class Lifecycle:
         config = record.config
         addresses = host.network.addresses(record.id)
         nameservers = config.dns.nameservers or host.network.nameservers()
+        host.mounts.make_ready(record)
         return ContainerFacts(
             name=config.name,
             uuid=record.uuid,
@@ -147,6 +149,7 @@ class Lifecycle:
             guest_files=guest.guest_files(
                 config.name, addresses, nameservers, config.dns.search, host.settings.network.domain
             ),
+            mounts=host.mounts.activate(record),
         )
 
     def shutdown(self, task: Task, container_id: int, timeout_s: float | None = None) -> None:

@@ -57,6 +57,7 @@ class View:
         if config is not None:
             flat = schema.TABLE.dump(config)
             detail |= {
+                "mounts": self._host.mounts.list(record),
                 "description": config.description, "limits": flat.get("limits", {}),
                 "nets": [
                     {

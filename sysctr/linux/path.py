@@ -19,6 +19,14 @@ RESOLVE_IN_ROOT = 0x10
 
 _fstatfs = bind("fstatfs", ctypes.c_int, ctypes.c_char_p)
 
+# File systems through which one talks to the kernel (linux/magic.h).
+_KERNELS_OWN = {
+    0x9FA0: "proc", 0x62656572: "sysfs", 0x1CD1: "devpts", 0x27E0EB: "cgroup", 0x63677270: "cgroup2",
+    0x64626720: "debugfs", 0x74726163: "tracefs", 0x73636673: "securityfs", 0xCAFE4A11: "bpf",
+    0x62656570: "configfs", 0xDE5E81E4: "efivarfs", 0x6165676C: "pstore", 0x42494E4D: "binfmt_misc",
+    0x6E736673: "nsfs", 0x65735543: "fusectl", 0xF97CFF8C: "selinuxfs", 0x5A4F4653: "zonefs",
+}  # fmt: skip
+
 # The kernel answers EAGAIN when a rename raced with the walk (openat2(2)); an attacker can force a few.
 _ATTEMPTS = 32
 
@@ -95,9 +103,12 @@ def make_file(root_fd: int, path: str, mode: int = 0o644) -> int:
         os.close(parent_fd)
 
 
-def filesystem_type(fd: int) -> int:
-    """Return the magic number of the file system that `fd` is on (statfs(2))."""
+def kernels_own(fd: int) -> str:
+    """Return the name of the file system `fd` is on if one talks to the kernel through it; empty for others.
+
+    What such a one holds is no data. Source: statfs(2).
+    """
     # struct statfs begins with a long; it has 120 bytes where that has 8.
     buffer = ctypes.create_string_buffer(256)
     check(_fstatfs(fd, buffer), "fstatfs", f"fd {fd}")
-    return struct.unpack_from("=Q", buffer)[0]
+    return _KERNELS_OWN.get(struct.unpack_from("=Q", buffer)[0], "")

@@ -18,13 +18,6 @@ from sysctr.linux.syscall import KernelError
 from sysctr.runtime import wire
 from sysctr.runtime.steps import Context, Stage
 
-# File systems through which one talks to the kernel (linux/magic.h); what they hold is no data to share.
-_KERNELS_OWN = {
-    0x9FA0: "proc", 0x62656572: "sysfs", 0x1CD1: "devpts", 0x27E0EB: "cgroup", 0x63677270: "cgroup2",
-    0x64626720: "debugfs", 0x74726163: "tracefs", 0x73636673: "securityfs", 0xCAFE4A11: "bpf",
-    0x62656570: "configfs", 0xDE5E81E4: "efivarfs", 0x6165676C: "pstore", 0x42494E4D: "binfmt_misc",
-    0x6E736673: "nsfs", 0x65735543: "fusectl", 0xF97CFF8C: "selinuxfs", 0x5A4F4653: "zonefs",
-}  # fmt: skip
 _KINDS = {
     stat.S_IFSOCK: "a socket", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
@@ -80,9 +73,9 @@ def open_locked(binds: "list[dict]", userns_fd: int, stage: str) -> "dict[str, i
     names. Or it is {"tree", "device", "mode", "uid", "gid"}: a node like that of the host.
     """
     process.prctl(process.PR_SET_DUMPABLE, 0)
-    stage_fd = os.open(stage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     opened = [(bind["tree"], _open(bind, userns_fd)) for bind in binds]
     process.unshare(process.CLONE_NEWNS)
+    stage_fd = os.open(stage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     Stage().execute(Context({}, stage_fd))
     for number, (_, tree_fd) in enumerate(opened):
         _attach(tree_fd, str(number))
@@ -141,7 +134,7 @@ def _open_source(source: str) -> int:
     kind = stat.S_IFMT(os.fstat(source_fd).st_mode)
     if kind in _KINDS:
         raise ValueError(f"{source} is {_KINDS[kind]}, neither a directory nor a file")
-    own = _KERNELS_OWN.get(path.filesystem_type(source_fd))
+    own = path.kernels_own(source_fd)
     if own:
         raise ValueError(f"{source} is on {own}, which is the kernel's and not to be shared")
     return source_fd

@@ -15,7 +15,7 @@ import stat
 import sys
 
 from sysctr.linux import mount, process, tty
-from sysctr.runtime import steps, steps_mounts, wire  # noqa: F401 - steps_mounts registers its steps
+from sysctr.runtime import steps, steps_mounts, wire
 from sysctr.runtime.accounts import DEFAULT_PATH, find_user
 from sysctr.runtime.binds import open_locked
 
@@ -133,7 +133,12 @@ def change_mounts(sync: socket.socket, pidfd: int, request: dict) -> None:
         _reset_process()
         process.close_all_but([sync.fileno(), pidfd])
         userns_fd = _user_namespace(pidfd)
-        trees = open_locked(work["binds"], userns_fd, work["stage"])
+        try:
+            trees = open_locked(work["binds"], userns_fd, work["stage"])
+        except (OSError, ValueError) as error:
+            total = len(work["prepare"]) + len(work["attach"])
+            what = steps_mounts.Sources().describe()
+            raise StepFailed(1, total, what, str(error), _errno(error)) from error
         os.close(userns_fd)
         _become_root()
         process.prctl(process.PR_SET_DUMPABLE, 0)

@@ -112,7 +112,10 @@ class Driver(Protocol):
     def create(
         self, volume: str, base: Base | None, worker: Worker, *, size_bytes: int | None = None
     ) -> None:
-        """Make a volume with the content of `base`, or an empty one. It exists completely or not at all."""
+        """Make a volume with the content of `base`, or an empty one. It exists completely or not at all.
+
+        An empty one is mounted as a single tree as long as it has no snapshots: containers may share it.
+        """
 
     def destroy(self, volume: str) -> None:
         """Take a volume and its snapshots away; one that is not there is fine. Works on a full disk."""

@@ -141,6 +141,17 @@ class Engine:
         self.calls.append(("set", ref, changes))
         return {"applied": list(changes), "pending": []}
 
+    def mount_list(self, ref: str) -> "list[dict]":
+        return []
+
+    def mount_add(self, ref: str, mount: object = None, device: object = None) -> dict:
+        self.calls.append(("mount_add", ref, mount, device))
+        return {"applied": ["mount.0"], "pending": [], "notes": [], "key": "mount.0"}
+
+    def mount_remove(self, ref: str, which: str, data: str | None = None) -> dict:
+        self.calls.append(("mount_remove", ref, which, data))
+        return {"applied": ["mount.0"], "pending": [], "notes": [], "volume": "", "deleted": False}
+
     def put_config(self, ref: str, text: str, digest: str) -> dict:
         return {"applied": [], "pending": []}
 

@@ -215,6 +215,7 @@ def test_create_sends_every_option(stub, tmp_path, capsys):
         "create", "web", "--template", "debian-12", "--id", "120", "--cores", "2", "--memory", "1G",
         "--net", "name=eth0,ip=10.0.0.2/24", "--ssh-key", str(key), "--password-file", str(password),
         "--env", "A=b=c", "--tag", "x", "--tag", "y", "--onboot", "--set", "stop_signal=SIGINT", "--start",
+        "--mount", "target=/data,size=8G", "--mount", "/srv,mp=/srv", "--device", "fuse",
     ]  # fmt: skip
     assert main(typed) == 0
     assert capsys.readouterr().out == "created and started 120 (web)\n"
@@ -222,6 +223,7 @@ def test_create_sends_every_option(stub, tmp_path, capsys):
         "name": "web", "id": 120, "template": "debian-12", "onboot": True, "start": True, "tags": ["x", "y"],
         "set": {"stop_signal": "SIGINT", "limits.cores": "2", "limits.memory": "1G"},
         "nets": ["name=eth0,ip=10.0.0.2/24"], "environment": {"A": "b=c"}, "password": "secret",
+        "mounts": ["target=/data,size=8G", "/srv,mp=/srv"], "devices": ["fuse"],
         "ssh_keys": ["ssh-ed25519 AAAA me"],
     }  # fmt: skip
 
