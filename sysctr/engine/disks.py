@@ -178,11 +178,13 @@ def fit_disk(host: Host, record: Record, task: Task | None = None) -> int | None
     present = driver.size(record.volume)
     if _same_size(wanted, present):
         return present
-    if wanted is not None and (present is None or wanted < present):
-        used = driver.measure(record.volume)
-        if wanted < used:
-            raise Refused(f"cannot {doing}: {_about(used)} are used", "delete something in it first")
-    driver.resize(record.volume, wanted, host.worker(record, task))
+    try:
+        driver.resize(record.volume, wanted, host.worker(record, task))
+    except SysctrError as error:
+        # The driver knows a volume or a file, the user a container.
+        error.message = f"cannot {doing}: {_reason(error)}"
+        error.args = (error.message,)
+        raise
     return present
 
 
@@ -195,8 +197,8 @@ def fit_before_start(host: Host, record: Record, task: Task | None = None) -> No
         except SysctrError as error:
             if record.config is not None and record.config.limits.disk_bytes is None:
                 return  # an image has always a size, and nobody asked for another one
-            reason = error.message.partition(": ")[2] or error.message
-            hint = error.hint or f"`sysctr set {record.id} disk=` says another one"
+            reason = _reason(error)
+            hint = error.hint or f"`sysctr set {record.id} disk=SIZE` says another one"
             raise type(error)(
                 f"cannot start {record.id}: its disk cannot be as limits.disk says: {reason}", hint
             ) from error
@@ -231,6 +233,10 @@ def pool_problems(host: Host, names: "Iterable[str] | None" = None) -> "dict[str
         except NotFound:
             found[name] = f"pool {name} is missing: there is no {host.where.pool_configs}/{name}.toml"
     return found
+
+
+def _reason(error: SysctrError) -> str:
+    return error.message.partition(": ")[2] or error.message
 
 
 def _same_size(wanted: int | None, present: int | None) -> bool:
