@@ -2,20 +2,62 @@
 
 import math
 import os
+import tempfile
+import weakref
 from collections.abc import Sequence
+from typing import IO
 
 from sysctr.engine.job import JobRunner, Task
 from sysctr.errors import NoSpace, SysctrError
 from sysctr.storage.base import RootSpec
 
-_COPY = ("cp", "--archive", "--reflink=auto", "--sparse=auto", "--no-target-directory", "/source", "/volume")
-# rsync tells changes by size and time. Writes through a mapping change no time while a page stays dirty, so
-# what was written since the first copy began is made to look old there, and is copied again whatever it says.
-_UPDATE = r"""
+# What the scripts below end with when the disk is full; else they end as rsync does.
+_NO_SPACE = 28
+# An upper's past, which means nothing in a copy of it (sysctr.runtime.layers.MARKS).
+_FILTERS = " ".join(f"--filter='-x user.overlay.{mark}'" for mark in ("origin", "impure", "uuid", "nlink"))
+_RSYNC = rf"""
 set -eu
-find /volume -xdev -type f -newermt "@$1" -exec touch --no-create --date=@0 -- {} +
-exec rsync --archive --hard-links --acls --xattrs --numeric-ids --sparse --devices --specials --delete \
-    --modify-window=-1 --whole-file --one-file-system /source/ /volume/
+export LC_ALL=C.UTF-8
+bring_up_to_date() {{
+    command -v rsync >/dev/null || {{ echo 'rsync is not installed' >&2; exit 127; }}
+    status=0
+    rsync --archive --hard-links --acls --xattrs --numeric-ids --sparse --devices --specials --delete \
+        --modify-window=-1 --whole-file --one-file-system {_FILTERS} \
+        /source/ /volume/ >/tmp/words 2>&1 || status=$?
+    # What went away in the meantime need not be copied.
+    [ "$status" != 0 ] && [ "$status" != 24 ] || exit 0
+    cat /tmp/words >&2
+    ! grep -q -e 'No space left' -e 'quota exceeded' /tmp/words || exit {_NO_SPACE}
+    exit "$status"
+}}
+"""
+# cp knows reflinks, and is faster where there are none; but what changes under its hands makes it fail, and
+# then rsync completes what it left, and tells why if that fails too. Standard output lists the directories.
+_COPY = rf"""{_RSYNC}
+find /source -xdev -type d -printf '%i %P\0' | sort -z
+if cp --archive --preserve=mode,ownership,timestamps,links,xattr --reflink=auto --sparse=auto \
+    --no-target-directory /source /volume >/tmp/words 2>&1; then
+    exit 0
+fi
+bring_up_to_date
+"""
+# rsync tells changes by size and time of a name. That misses a write through a mapping to a page that was
+# written to before (no time changes until it is clean again), times that were set back, and directories that
+# changed places. So what was changed since then, by the time that nobody can set, and what is in directories
+# that have another inode than when the copy was made, is removed from the copy first.
+_UPDATE = rf"""{_RSYNC}
+cd /source
+find . -xdev -type f -newerct "@$1" -printf '%P\0' >/tmp/changed
+find . -xdev -type d -printf '%i %P\0' >/tmp/now
+sort -z /tmp/now >/tmp/sorted
+cat >/tmp/before
+comm -z -23 /tmp/sorted /tmp/before >/tmp/new
+cut -z -d ' ' -f 2- /tmp/new >/tmp/moved
+cd /volume
+# Names that are not there, or not as files, are no error: rsync sees that by itself.
+xargs -0 -r rm -f -- </tmp/changed 2>/dev/null || :
+find -files0-from /tmp/moved -maxdepth 1 -type f -delete 2>/dev/null || :
+bring_up_to_date
 """
 
 
@@ -25,24 +67,49 @@ class TreeWorker:
     def __init__(self, jobs: JobRunner, task: Task | None = None) -> None:
         self._jobs = jobs
         self._task = task
+        # By target: which directories the source had, and which inodes they were.
+        self._seen: dict[str, IO[bytes]] = {}
 
     def copy(self, source: RootSpec, target: str, *, changed_since_s: float | None = None) -> None:
         """Make the directory `target` a copy of `source`, or bring an earlier copy up to date."""
-        argv = _COPY
         if changed_since_s is not None:
-            argv = ("sh", "-c", _UPDATE, "update", str(math.floor(changed_since_s)))
-        status = self._jobs.run_tool(argv, volume=target, source=source, task=self._task)
-        if status:
-            raise _failure(status, target)
+            with self._seen.pop(target, None) or _unnamed_file(target) as seen:
+                seen.seek(0)
+                # The clock that file systems use lags behind by up to a tick.
+                since = str(math.floor(changed_since_s) - 1)
+                self._run(("sh", "-c", _UPDATE, "update", since), source, target, stdin_fd=seen.fileno())
+            return
+        seen = _unnamed_file(target)
+        # Whether there will be a second copy is not known here.
+        weakref.finalize(self, seen.close)
+        self._run(("sh", "-c", _COPY), source, target, stdout_fd=seen.fileno())
+        self._seen[target] = seen
+        if not source.lowers:
+            self._jobs.run_builtin_on(target, {"builtin": "strip"}, self._task)
 
     def merge(self, directory: str, layers: Sequence[str], target: str) -> None:
         """Make `target` the union of overlay layers (top first) by hard links; all are below `directory`."""
         program = {"builtin": "merge", "layers": list(layers), "target": target}
         self._jobs.run_builtin_on(directory, program, self._task)
 
+    def _run(
+        self,
+        argv: Sequence[str],
+        source: RootSpec,
+        target: str,
+        *,
+        stdin_fd: int | None = None,
+        stdout_fd: int | None = None,
+    ) -> None:
+        status = self._jobs.run_tool(
+            argv, volume=target, source=source, task=self._task, stdin_fd=stdin_fd, stdout_fd=stdout_fd
+        )
+        if status == _NO_SPACE:
+            raise NoSpace(f"cannot copy files: no space left on {target}")
+        if status:
+            raise SysctrError(f"cannot copy files: the job ended with {status}", "the task's log says why")
 
-def _failure(status: int, target: str) -> SysctrError:
-    disk = os.statvfs(target)
-    if not disk.f_bavail or not disk.f_favail:
-        return NoSpace(f"cannot copy files: no space left on {target}")
-    return SysctrError(f"cannot copy files: the job ended with {status}", "the task's log says why")
+
+def _unnamed_file(target: str) -> IO[bytes]:
+    # Not in memory: a tree may have a million directories. Beside the tree is no place that a job sees.
+    return tempfile.TemporaryFile(dir=os.path.dirname(target))

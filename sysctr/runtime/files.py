@@ -15,7 +15,7 @@ import stat
 import tarfile
 import zlib  # noqa: F401
 
-from sysctr.runtime import wire
+from sysctr.runtime import layers, wire
 from sysctr.runtime.accounts import find_group, find_user
 
 # It would ask the C library for the names of owners, and that loads the libraries which the container's
@@ -199,4 +199,4 @@ def _set_passwords(passwords: "dict[str, str]") -> None:
     os.chown("/etc/shadow", 0, group)
 
 
-BUILTINS = {"untar": untar, "tar": tar, "setup": setup}
+BUILTINS = {"untar": untar, "tar": tar, "setup": setup, "merge": layers.merge, "strip": layers.strip}

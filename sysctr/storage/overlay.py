@@ -1,36 +1,34 @@
 """Volumes on any directory of ext4 or xfs: an upper of their own over shared layers that never change.
 
-    POOL/                      0700, so that a setuid file below is out of reach of the host's users
-      layers/NAME/rootfs/      a template's tree, ids as seen inside (the template registry's)
-      volumes/ID/upper/        what the container wrote
-      volumes/ID/work/         the kernel's
-      volumes/ID/volume.json   the layers below, top first
-      .trash/                  destroyed volumes, until their data is deleted
+Every upper is born as a layer. A snapshot of what is not in use lets the upper stand and gives the volume a
+new one above it; rollback and clone give a new one above the layers of the snapshot. Nothing is renamed or
+copied, and what no record names any more is garbage. The upper of a volume with a limit lies in an image.
 """
 
 import contextlib
 import errno
-import json
 import logging
 import os
-import queue
 import re
 import threading
-import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
-from sysctr.storage import tree
-from sysctr.storage.base import Base, RootSpec, Traits, Tree, Worker
+from sysctr.linux import fault
+from sysctr.storage import overlay_compact, overlay_copy, tree
+from sysctr.storage.base import Base, Pause, RootSpec, Snapshot, Traits, Tree, Worker
+from sysctr.storage.overlay_layers import Chain, Layers
+from sysctr.storage.sizes import Sizes
+from sysctr.storage.volumes import SnapshotRecord, VolumeRecord, VolumeRecords
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
-# Lookup costs about 1 µs for each layer and file, and more than 500 layers are EINVAL.
-MAX_LAYERS = 500
-
-_VOLUME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_LAYER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
-_MEASURE_AGAIN_S = 60.0
+_LAYER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,190}")
+# One more layer than this is not put on a volume without merging some first: 500 are EINVAL, and up to Linux
+# 6.7 the paths of all have to fit into a page.
+_MOST_LAYERS = 48
 
 
 class OverlayDriver:
@@ -38,48 +36,31 @@ class OverlayDriver:
 
     kind = "overlay"
     traits = Traits(
-        shared_base=True, cheap_snapshots=True, cheap_clones=True, needs_freeze=True, enforces_size=False,
-        grows_live=False, shrinks=False, native_stream=False,
+        shared_base=True, cheap_snapshots=True, cheap_clones=True, needs_freeze=True, enforces_size=True,
+        grows_live=True, shrinks=True, native_stream=False,
     )  # fmt: skip
 
     def __init__(self, pool: str, run_directory: str) -> None:
-        self.pool = self.directory = pool
+        self.directory = pool
         self._run = run_directory
-        self.layers = f"{pool}/layers"
-        self.volumes = f"{pool}/volumes"
-        self.trash = tree.Trash(f"{pool}/.trash")
-        self._sizes: dict[str, tuple[float, int]] = {}
-        self._wanted: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._measuring: set[str] = set()
-        self._lock = threading.Lock()
+        self.records = VolumeRecords(pool)
+        self.layers = Layers(self.records, run_directory)
+        self._sizes = Sizes(self._measure)
+        self._copying_base = threading.Lock()
 
     def prepare(self) -> None:
         """Make the pool's directories and see that they can hold uppers.
 
         Raises Refused, NoSpace or SysctrError that names the pool and what is wrong with it.
         """
-        if os.path.islink(self.pool):
-            raise Refused(
-                f"cannot use pool {self.pool}: it is a symlink", hint="mount or bind the other place there"
-            )
-        for directory in (self.pool, self.layers, self.volumes, self.trash.directory):
-            tree.ensure_directory(directory)
-        self._check_one_file_system()
+        self.records.prepare(f"{self.directory}/layers", f"{self.directory}/uppers")
         self._check_xattrs()
-
-    def _check_one_file_system(self) -> None:
-        device = os.stat(self.pool).st_dev
-        for directory in (self.layers, self.volumes, self.trash.directory):
-            # Renames into the trash and the single bind of all layers both end at a mount.
-            if os.stat(directory).st_dev != device:
-                raise Refused(
-                    f"cannot use pool {self.pool}: {directory} is another file system",
-                    hint="mount one file system on the pool itself",
-                )
+        tree.ensure_directory(self._run)
 
     def _check_xattrs(self) -> None:
         # A mount in a user namespace keeps overlay's marks as user.overlay.*: NFS and old tmpfs refuse them.
-        probe = f"{self.volumes}/{tree.hidden_name('probe', 'xattr')}"
+        pool = self.directory
+        probe = f"{self.records.directory}/{tree.hidden_name('probe', 'xattr')}"
         try:
             os.mkdir(probe, 0o700)
             try:
@@ -89,183 +70,351 @@ class OverlayDriver:
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.EPERM):
                 raise Refused(
-                    f"cannot use pool {self.pool}: its file system has no user extended attributes",
+                    f"cannot use pool {pool}: its file system has no user extended attributes",
                     hint="use ext4 or xfs",
                 ) from error
             # A full disk says nothing about attributes, and destroying containers is the way out of it.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise tree.explain(error, f"use pool {self.pool}", self.pool) from error
+                raise tree.explain(error, f"use pool {pool}", pool) from error
 
     def sweep(self) -> None:
-        """Throw away volumes whose making a crash cut short."""
-        self.trash.sweep(self.volumes)
+        """Throw away what a crash left half made, and unmount what nobody uses."""
+        self.records.sweep()
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(f"{self.directory}/layers"):
+                if name.startswith(".copy-"):
+                    self.records.trash.throw(f"{self.directory}/layers/{name}")
+        self.layers.disks.sweep()
+        for volume in self.records.list():
+            if self.layers.disks.exists(volume):
+                self.layers.stale_disks.add(volume)
 
     def empty_trash(self) -> None:
-        """Delete the data of destroyed volumes."""
-        self.trash.empty()
+        """Delete the data of what was destroyed and of layers that nobody uses."""
+        self.layers.collect()
+        self.records.trash.empty()
 
     def create(
         self, volume: str, base: Base | None, worker: Worker, *, size_bytes: int | None = None
     ) -> None:
-        """Make a volume over the template's layer, in constant time."""
-        layers = (base.layer,) if base else ()
-        final = self._path(volume)
+        """Make a volume over the template's layer, in constant time once the pool has that."""
         doing = f"create volume {volume}"
-        if not 0 < len(layers) <= MAX_LAYERS:
-            raise UsageError(f"cannot create volume {volume}: {len(layers)} layers, not 1 to {MAX_LAYERS}")
-        self._check_layers(doing, layers)
-        hidden = f"{self.volumes}/{tree.hidden_name('new', volume)}"
-        try:
-            with contextlib.ExitStack() as undo:
-                if os.path.lexists(final):
-                    raise FileExistsError(errno.EEXIST, "exists", final)
+        layers = (f"layers/{base.layer}",) if base else ()
+        with self.layers.pinned(volume, layers):
+            if base:
+                self._need_base(doing, base, worker)
+            overlay_copy.make(self.layers, volume, doing, layers, size_bytes)
+            fault.point("overlay.create.published")
+        # Whoever removes a template looks for its users before and after: one of us sees the other.
+        for layer in layers:
+            if not os.path.isdir(f"{self.directory}/{layer}/rootfs"):
+                self.records.remove(volume)
+                raise NotFound(f"cannot {doing}: no layer {layer} in {self.directory}")
+
+    def _need_base(self, doing: str, base: Base, worker: Worker) -> None:
+        """Bring a template into this pool where it is not yet; it is there completely or not at all."""
+        if not _LAYER.fullmatch(base.layer):
+            raise UsageError(f"cannot {doing}: {base.layer[:80]!r} is not the name of a layer")
+        final = f"{self.directory}/layers/{base.layer}"
+        with self._copying_base:
+            if os.path.isdir(f"{final}/rootfs"):
+                return
+            if not os.path.isdir(base.tree) or os.path.abspath(base.tree) == f"{final}/rootfs":
+                raise NotFound(f"cannot {doing}: no layer {base.layer} in {self.directory}/layers")
+            hidden = f"{self.directory}/layers/{tree.hidden_name('copy', base.layer[:100])}"
+            with self.records.explained(doing), contextlib.ExitStack() as undo:
                 os.mkdir(hidden, 0o700)
-                undo.callback(self.trash.throw, hidden)
-                os.mkdir(f"{hidden}/work", 0o700)
-                os.mkdir(f"{hidden}/upper", 0o755)
-                # The merged root shows the upper's own mode, which the umask must not have narrowed.
-                os.chmod(f"{hidden}/upper", 0o755)
-                record = json.dumps({"schema": SCHEMA, "layers": list(layers)})
-                tree.write_file(f"{hidden}/volume.json", record + "\n")
+                undo.callback(tree.delete, hidden)
+                os.mkdir(f"{hidden}/rootfs", 0o755)
+                worker.copy(RootSpec((Tree("base", base.tree, read_only=True),)), f"{hidden}/rootfs")
+                # Not a template of this pool's own: it goes when nobody uses it.
+                tree.write_file(f"{hidden}/copy.json", "{}\n")
+                tree.sync_file_system(hidden)
+                fault.point("overlay.create.base")
                 os.rename(hidden, final)
                 undo.pop_all()
-                # Whoever removes a template looks for its users before and after: one of us sees the other.
-                undo.callback(self.trash.throw, final)
-                self._check_layers(doing, layers)
-                undo.pop_all()
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise WrongState(f"cannot {doing}: it exists already") from error
-            if error.errno == errno.ENOENT and not os.path.isdir(self.volumes):
-                raise NotFound(
-                    f"cannot {doing}: pool {self.pool} is missing", hint="is it mounted?"
-                ) from error
-            raise tree.explain(error, doing, self.pool) from error
-
-    def _check_layers(self, doing: str, layers: tuple[str, ...]) -> None:
-        for layer in layers:
-            if not _LAYER.fullmatch(layer):
-                raise UsageError(f"cannot {doing}: {layer!r} is not the name of a layer")
-            if not os.path.isdir(f"{self.layers}/{layer}/rootfs"):
-                raise NotFound(f"cannot {doing}: no layer {layer} in {self.layers}")
+                tree.sync_directory(f"{self.directory}/layers")
 
     def destroy(self, volume: str) -> None:
         """Take a volume away in constant time, on a full disk too; `empty_trash` deletes its data."""
-        path = self._path(volume)
-        try:
-            self.trash.throw(path)
-        except OSError as error:
-            raise tree.explain(error, f"destroy volume {volume}", self.pool) from error
-        with self._lock:
-            self._sizes.pop(volume, None)
+        with self.records.lock:
+            self._check_idle(volume, f"destroy volume {volume}")
+            self.records.remove(volume)
+        fault.point("overlay.destroy.thrown")
+        self._sizes.forget(volume)
 
     def exists(self, volume: str) -> bool:
         """Tell whether the volume is there."""
-        return os.path.isdir(self._path(volume))
+        return self.records.exists(volume)
 
     def list(self) -> "list[str]":
         """Return the names of all volumes, sorted."""
-        try:
-            return sorted(name for name in os.listdir(self.volumes) if _VOLUME.fullmatch(name))
-        except FileNotFoundError:
-            return []
+        return self.records.list()
 
     def activate(self, volume: str) -> RootSpec:
-        """Return how the volume is mounted; nothing is mounted on the host for it.
+        """Note that the volume's layers are in use, mount its image if it has one, and say how it is mounted.
 
         Raises NotFound for a missing volume or layer, SysctrError for a damaged record.
         """
-        layers = self._layers_of(volume)
-        for layer in layers:
-            if not os.path.isdir(f"{self.layers}/{layer}/rootfs"):
-                raise NotFound(f"cannot mount volume {volume}: its layer {layer} is missing in {self.layers}")
-        return RootSpec(
-            trees=(Tree("pool", self.pool, read_only=True), Tree("volume", self._path(volume))),
-            lowers=tuple(f"pool/layers/{layer}/rootfs" for layer in layers),
-            upper="volume/upper",
-            work="volume/work",
-        )
+        with self.records.lock, self.records.explained(f"activate volume {volume}"):
+            chain = self.layers.chain(volume, self.records.read(volume))
+            before = volume in self.active()
+            # First, so that no collection of this or the next daemon takes them away.
+            self.layers.active.add(volume, chain.all)
+            fault.point("overlay.activate.noted")
+            try:
+                if any(layer.startswith("disk/") for layer in chain.all):
+                    self.layers.disks.hold(volume)
+                self._check_layers(volume, chain.all)
+            except BaseException:
+                if not before:
+                    self.deactivate(volume)
+                raise
+            fault.point("overlay.activate.mounted")
+            return self.layers.root(volume, chain)
 
     def deactivate(self, volume: str) -> None:
-        """Do nothing: nothing is mounted on the host."""
+        """Take back `activate`; nothing uses the volume any more."""
+        with self.records.lock:
+            self.layers.active.remove(volume)
+            fault.point("overlay.deactivate.noted")
+            self.layers.disks.release(volume)
 
     def active(self) -> frozenset[str]:
-        """Return nothing: nothing is mounted on the host."""
-        return frozenset()
+        """Return the volumes that are active."""
+        return self.layers.active.volumes()
 
-    def users_of(self, layer: str) -> "list[str]":
-        """Return the volumes that stand on a layer."""
-        users = []
-        for volume in self.list():
-            # A damaged record stops only its own volume; but which layers it needs is then unknown.
-            with contextlib.suppress(NotFound):
-                if layer in self._layers_of(volume):
-                    users.append(volume)
-        return users
+    def snapshot(
+        self, volume: str, name: str, note: Mapping[str, Any], worker: Worker, pause: Pause | None = None
+    ) -> None:
+        """Keep the volume's state: its upper becomes a layer, or is copied where it is in use."""
+        doing = f"take snapshot {name} of volume {volume}"
+        self.records.check_new_snapshot(volume, name)
+        self._make_room(volume, worker)
+        if volume not in self.active():
+            with self.records.lock:
+                self._check_idle(volume, doing)
+                record = self.records.read(volume)
+                layers = self.layers.chain(volume, record).all
+                kept = self._new_snapshot(volume, name, note, record, layers)
+                parents = ((name, kept.created), *kept.parents)
+                # The volume first: it means the same with one more layer, and goes back to what is not yet.
+                self._freeze(volume, replace(record, parents=parents), doing)
+                fault.point("overlay.snapshot.frozen")
+                self.records.write_snapshot(volume, kept)
+        else:
+            # Without a pause nobody writes, says the caller.
+            copied = overlay_copy.live(self.layers, volume, doing, worker, pause or contextlib.nullcontext)
+            with copied as layers, self.records.lock:
+                record = self.records.read(volume)
+                kept = self._new_snapshot(volume, name, note, record, layers)
+                parents = ((name, kept.created), *kept.parents)
+                self.records.write(volume, replace(record, parents=parents))
+                fault.point("overlay.snapshot.copied")
+                self.records.write_snapshot(volume, kept)
+        fault.point("overlay.snapshot.recorded")
+
+    def _new_snapshot(
+        self, volume: str, name: str, note: Mapping[str, Any], record: VolumeRecord, layers: tuple[str, ...]
+    ) -> SnapshotRecord:
+        fields = {"layers": list(layers), "limit_bytes": record.size_bytes}
+        return self.records.new_snapshot(volume, name, note, fields)
+
+    def _freeze(self, volume: str, record: VolumeRecord, doing: str) -> Chain:
+        """Give an idle volume a new upper above the one it has, which never changes again."""
+        chain = self.layers.chain(volume, record)
+        where = self.layers.where(record)
+        return self._switch(volume, record, chain.all, where, doing)
+
+    def _switch(
+        self, volume: str, record: VolumeRecord, layers: tuple[str, ...], where: str, doing: str
+    ) -> Chain:
+        """Let a volume stand on these layers with an empty upper; its record is replaced at once."""
+        with self.layers.mounted(volume, [*layers, f"{where}/"]), self.records.explained(doing):
+            self._check_layers(volume, layers)
+            top = f"{self.layers.path(volume, layers[0])}/rootfs"
+            with self.layers.fresh(volume, where, top) as upper:
+                fault.point("overlay.switch.made")
+                chain = Chain(upper, layers)
+                fields = {**record.fields, **chain.fields()}
+                self.records.write(volume, replace(record, fields=fields))
+                fault.point("overlay.switch.recorded")
+        return chain
+
+    def rollback(self, volume: str, name: str) -> None:
+        """Give a volume that is not active the content of a snapshot; all snapshots stay."""
+        doing = f"roll volume {volume} back to snapshot {name}"
+        with self.records.lock:
+            self._check_idle(volume, doing)
+            kept = self.records.snapshot(volume, name)
+            record = self.records.read(volume)
+            parents = ((name, kept.created), *self.records.alive(volume, kept.parents))
+            layers = self.layers.kept(volume, kept)
+            self._switch(volume, replace(record, parents=parents), layers, self.layers.where(record), doing)
+            self._mark_stale(volume)
+        fault.point("overlay.rollback.done")
+
+    def delete_snapshot(self, volume: str, name: str) -> None:
+        """Forget a snapshot, a damaged one too; works on a full disk."""
+        self.records.remove_snapshot(volume, name)
+        fault.point("overlay.delete.forgotten")
+        self._mark_stale(volume)
+
+    def _mark_stale(self, volume: str) -> None:
+        if self.layers.disks.exists(volume):
+            self.layers.stale_disks.add(volume)
+
+    def snapshots(self, volume: str) -> "list[Snapshot]":
+        """Return the snapshots of a volume, oldest first; damaged ones are among them and say so."""
+        return self.records.snapshots(volume)
+
+    def parent(self, volume: str) -> str:
+        """Return the snapshot that the volume's content goes back to, empty for none."""
+        return self.records.parent(volume)
+
+    def set_snapshot_note(self, volume: str, name: str, note: Mapping[str, Any]) -> None:
+        """Replace what is kept with a snapshot."""
+        self.records.set_snapshot_note(volume, name, note)
+
+    def note(self, volume: str) -> "dict[str, Any]":
+        """Return what was kept with the volume itself; {} where there is nothing or it is damaged."""
+        return self.records.note(volume)
+
+    def set_note(self, volume: str, note: Mapping[str, Any]) -> None:
+        """Keep something with the volume."""
+        self.records.set_note(volume, note)
+
+    def clone(
+        self,
+        volume: str,
+        snapshot: str,
+        target: str,
+        worker: Worker,
+        *,
+        size_bytes: int | None = None,
+    ) -> None:
+        """Make a new volume in this pool with the content of a snapshot, or of an inactive volume ("").
+
+        Its limit is that of what it is made of, if no other is given. Constant time, unless the source lies
+        in an image: its layers are copied out of that.
+        """
+        doing = f"clone volume {volume} to {target}"
+        if self.records.exists(target):
+            raise WrongState(f"cannot {doing}: volume {target} exists already")
+        self._make_room(volume, worker)
+        with self.records.lock:
+            if snapshot:
+                kept = self.records.snapshot(volume, snapshot)
+                layers, limit = self.layers.kept(volume, kept), kept.fields.get("limit_bytes")
+            else:
+                self._check_idle(volume, doing)
+                record = self.records.read(volume)
+                layers, limit = self.layers.chain(volume, record).all, record.size_bytes
+                if not any(layer.startswith("disk/") for layer in layers):
+                    layers = self._freeze(volume, record, doing).layers
+                    fault.point("overlay.clone.frozen")
+            pins = contextlib.ExitStack()
+            pins.enter_context(self.layers.pinned(volume, layers))
+        with pins, self.layers.mounted(volume, layers), self.records.explained(doing):
+            self._check_layers(volume, layers)
+            size_bytes = limit if size_bytes is None else size_bytes
+            overlay_copy.clone(self.layers, volume, target, doing, layers, size_bytes, worker)
+        fault.point("overlay.clone.published")
+
+    @contextlib.contextmanager
+    def opened(self, volume: str, snapshot: str = "") -> Iterator[RootSpec]:
+        """Return a read-only view of a snapshot, or of the volume where it is not active, while entered."""
+        with self.records.lock:
+            if snapshot:
+                layers = self.layers.kept(volume, self.records.snapshot(volume, snapshot))
+            else:
+                self._check_idle(volume, f"look into volume {volume}")
+                layers = self.layers.chain(volume, self.records.read(volume)).all
+            pins = contextlib.ExitStack()
+            pins.enter_context(self.layers.pinned(volume, layers))
+        with pins, self.layers.mounted(volume, layers):
+            self._check_layers(volume, layers)
+            yield self.layers.view(volume, layers)
+
+    def size(self, volume: str) -> int | None:
+        """Return the limit of a volume in bytes; None without one."""
+        return self.records.size(volume)
+
+    def resize(self, volume: str, size_bytes: int | None, worker: Worker) -> None:
+        """Change a volume's limit; to grow from one to another it may be in use.
+
+        Between no limit and one, everything but the template is copied into an image or out of it.
+        """
+        record = self.records.read(volume)
+        if size_bytes == record.size_bytes:
+            return
+        if size_bytes is None:
+            doing = f"take the limit off volume {volume}"
+        else:
+            doing = f"limit volume {volume} to {overlay_copy.mib(size_bytes)}"
+        if record.size_bytes is not None and size_bytes is not None and size_bytes > record.size_bytes:
+            overlay_copy.grow(self.layers, volume, size_bytes)
+        else:
+            self._check_idle(volume, doing)
+            if size_bytes is None:
+                overlay_copy.move_out(self.layers, volume, doing, worker)
+                self._mark_stale(volume)
+            elif record.size_bytes is None:
+                overlay_copy.move_in(self.layers, volume, doing, size_bytes, worker)
+            else:
+                overlay_copy.shrink(self.layers, volume, doing, size_bytes)
+        fault.point("overlay.resize.done")
+        self._sizes.forget(volume)
 
     def usage(self, volume: str) -> int | None:
-        """Return the bytes of the upper as last measured, and have them measured again when that is old."""
-        with self._lock:
-            measured_at, size = self._sizes.get(volume, (0.0, -1))
-            if size < 0 or time.monotonic() - measured_at > _MEASURE_AGAIN_S:
-                self._measure_later(volume)
-        return size if size >= 0 else None
+        """Return the bytes that belong to the volume alone as last measured; asks for another measurement."""
+        return self._sizes.usage(volume)
 
     def measure(self, volume: str) -> int:
-        """Walk the upper now and return its bytes."""
-        path = self._path(volume)
-        if not os.path.isdir(path):
-            raise NotFound(f"cannot measure volume {volume}: it does not exist")
-        size = tree.size_bytes(f"{path}/upper")
-        with self._lock:
-            self._sizes[volume] = (time.monotonic(), size)
-        return size
+        """Walk the volume's own layers now and return their bytes."""
+        return self._sizes.measure(volume)
 
-    def _measure_later(self, volume: str) -> None:
-        if volume in self._measuring:
-            return
-        # One thread for all: a list of 200 containers must not start 200 walks at once. It ends when it
-        # has nothing to do, so that no idle thread is kept.
-        idle = not self._measuring
-        self._measuring.add(volume)
-        self._wanted.put(volume)
-        if idle:
-            threading.Thread(target=self._measure_wanted, name="volume-sizes", daemon=True).start()
+    def _measure(self, volume: str) -> int:
+        with self.records.lock:
+            if not self.records.exists(volume):
+                raise NotFound(f"cannot measure volume {volume}: it does not exist")
+            needed, _ = self.layers.users()
+            own = [layer for (owner, layer), users in needed.items() if users == {volume} and not owner]
+            image = self.layers.disks.image(volume)
+        paths = [f"{self.directory}/{layer}" for layer in own if layer.startswith("uppers/")]
+        size_bytes = tree.size_bytes(*paths) if paths else 0
+        with contextlib.suppress(FileNotFoundError):
+            size_bytes += os.stat(image).st_blocks * 512
+        return size_bytes
 
-    def _measure_wanted(self) -> None:
-        while True:
-            volume = self._wanted.get()
-            try:
-                self.measure(volume)
-            except SysctrError as error:
-                log.debug("%s", error)
-            with self._lock:
-                self._measuring.discard(volume)
-                if not self._measuring:
-                    return
+    def users_of(self, layer: str) -> "list[str]":
+        """Return the volumes that stand on the layer of a template and would break without it.
 
-    def _layers_of(self, volume: str) -> tuple[str, ...]:
-        path = f"{self._path(volume)}/volume.json"
-        try:
-            with open(path, encoding="utf-8") as file:
-                record = json.load(file)
-            if record["schema"] > SCHEMA:
-                raise SysctrError(
-                    f"cannot use volume {volume}: a newer sysctr made it (schema {record['schema']})",
-                    hint="upgrade sysctr",
-                )
-            layers = tuple(record["layers"])
-            if layers and all(isinstance(layer, str) and _LAYER.fullmatch(layer) for layer in layers):
-                return layers
-            raise ValueError("layers")
-        except FileNotFoundError as error:
-            raise NotFound(f"cannot use volume {volume}: no such volume in {self.pool}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise SysctrError(f"cannot use volume {volume}: {path} is damaged") from error
-        except OSError as error:
-            raise tree.explain(error, f"use volume {volume}", self.pool) from error
+        Raises SysctrError where a damaged record does not say what it needs.
+        """
+        with self.records.lock:
+            needed, damaged = self.layers.users()
+        users = needed.get(("", f"layers/{layer}"), set())
+        if damaged and not users:
+            names = ", ".join(sorted(damaged))
+            raise SysctrError(f"cannot tell who uses layer {layer}: records of volume {names} are damaged")
+        return sorted(users)
 
-    def _path(self, volume: str) -> str:
-        if not _VOLUME.fullmatch(volume):
-            raise UsageError(f"cannot use volume {volume!r}: not the name of a volume")
-        return f"{self.volumes}/{volume}"
+    def compact(self, volume: str, worker: Worker) -> None:
+        """Merge layers that nobody needs one by one, and the oldest where there are too many."""
+        if overlay_compact.compact(self.layers, volume, worker):
+            self._mark_stale(volume)
+
+    def _make_room(self, volume: str, worker: Worker) -> None:
+        if len(self.layers.chain(volume, self.records.read(volume)).layers) >= _MOST_LAYERS:
+            self.compact(volume, worker)
+
+    def _check_layers(self, volume: str, layers: tuple[str, ...]) -> None:
+        for layer in layers:
+            path = f"{self.layers.path(volume, layer)}/rootfs"
+            if not os.path.isdir(path):
+                raise NotFound(f"cannot use volume {volume}: its layer {path} is missing")
+
+    def _check_idle(self, volume: str, doing: str) -> None:
+        if volume in self.active():
+            raise WrongState(f"cannot {doing}: it is in use", hint="stop its container first")

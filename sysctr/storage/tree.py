@@ -100,14 +100,14 @@ def sync_file_system(path: str) -> None:
     process.run(["sync", "--file-system", "--", path], timeout_s=_WALK_TIMEOUT_S)
 
 
-def size_bytes(path: str) -> int:
-    """Return what a tree takes on the disk, hard links once, mounts in it not counted."""
+def size_bytes(*paths: str) -> int:
+    """Return what trees take on the disk together, hard links once, mounts in them not counted."""
     # Files vanish while a running container is measured: du says so with status 1 and counts the rest.
-    argv = ["du", "--summarize", "--block-size=1", "--one-file-system", "--", path]
+    argv = ["du", "--summarize", "--total", "--block-size=1", "--one-file-system", "--", *paths]
     done = process.run(argv, timeout_s=_WALK_TIMEOUT_S, accept=(0, 1))
-    count = done.stdout.split(b"\t")[0]
-    if not count.isdigit():
-        raise SysctrError(f"cannot measure {path}: {done.stderr.decode(errors='replace').strip()}")
+    count = (done.stdout.splitlines() or [b""])[-1].split(b"\t")[0]
+    if not count.isdigit() or len(done.stdout.splitlines()) < 2:
+        raise SysctrError(f"cannot measure {paths[0]}: {done.stderr.decode(errors='replace').strip()}")
     return int(count)
 
 
