@@ -138,7 +138,8 @@ def _cells(one: "dict[str, Any]", now_s: float) -> "tuple[str, str, str, str]":
 
 def _delsnapshot_arguments(parser: "argparse.ArgumentParser") -> None:
     one_container(parser)
-    parser.add_argument("names", metavar="NAME", nargs="*", help="name of a snapshot")
+    action = parser.add_argument("names", metavar="NAME", nargs="*", help="name of a snapshot")
+    words(action, "snapshots")
     parser.add_argument("--all", action="store_true", help="every snapshot of the container")
     task_options(parser)
 
@@ -163,7 +164,7 @@ def _delsnapshot(arguments: "argparse.Namespace", client: "Client") -> int:
 
 def _rollback_arguments(parser: "argparse.ArgumentParser") -> None:
     one_container(parser)
-    parser.add_argument("name", metavar="NAME", help="name of the snapshot")
+    words(parser.add_argument("name", metavar="NAME", help="name of the snapshot"), "snapshots")
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
     task_options(parser)
 
@@ -224,9 +225,10 @@ def _confirmed(client: "Client", ref: str, wanted: str) -> bool:
 
 def _diff_arguments(parser: "argparse.ArgumentParser") -> None:
     one_container(parser)
-    parser.add_argument(
+    action = parser.add_argument(
         "snapshot", metavar="SNAPSHOT", nargs="?", help="compare with this one (default: with the template)"
     )
+    words(action, "snapshots")
     task_options(parser)
 
 
