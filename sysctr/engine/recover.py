@@ -33,7 +33,7 @@ class Notes:
         self._known: dict[int, dict[str, Any]] = {}
 
     def keep(self, number: int) -> bool:
-        """Write the note of a container whose record or configuration was written; tell whether it differs."""
+        """Write the note of a container whose record or configuration was written; tell if it differs."""
         try:
             record = self._host.store.load(number)
             if record.damaged or record.error:

@@ -146,7 +146,10 @@ def test_a_clone_that_fails_leaves_nothing(kept: Kept) -> None:
     refused(host, 3, "pool nowhere", "clone", ref, "free", "--pool", "nowhere")
     refused(host, 3, "cannot find snapshot", "clone", ref, "free", "--snapshot", "none")
     refused(host, 2, "no such key", "clone", ref, "free", "--set", "limits.colour=1")
-    refused(host, 5, "", "clone", ref, "free", "--set", "net.1=name=eth1,bridge=nowhere0,ip=manual")
+    refused(
+        host, 3, "no bridge nowhere0",
+        "clone", ref, "free", "--set", "net.1=name=eth1,bridge=nowhere0,ip=manual",
+    )  # fmt: skip
     assert host.json("list") == before
     assert kept.volumes() == volumes
     assert kept.leftovers() == []
