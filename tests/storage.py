@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from sysctr.engine.job import JobRunner
 from sysctr.engine.trees import TreeWorker
@@ -39,6 +41,16 @@ KINDS = {
     "loop-xfs": Kind("loop", "xfs", 64 * MIB),
     "loop-ext4": Kind("loop", "ext4", 64 * MIB),
 }
+
+# Where there is no reflink, a snapshot of an image is refused.
+WITH_SNAPSHOTS = tuple(name for name in KINDS if name != "loop-ext4")
+LIMITED = tuple(name for name, kind in KINDS.items() if kind.size_bytes)
+
+
+def parameters(names: Iterable[str] = KINDS) -> list:
+    """Return these of KINDS as parameters of a test, each skipped where its file system cannot be made."""
+    return [pytest.param(name, marks=pytest.mark.needs("loop", KINDS[name].fstype)) for name in names]
+
 
 _CALL = """
 import json, sys
@@ -123,6 +135,19 @@ class Pool:
                 directory = stack.enter_context(shown(spec))
             path = Path(directory, name)
             return path.read_text() if path.exists() else ""
+
+    def forget_template(self) -> None:
+        """Take the template's copy out of the pool, as before the first volume of it."""
+        layer = f"{self.directory}/layers/{self.base.layer}"
+        if os.path.exists(layer):
+            os.rename(layer, f"{self.directory}/.trash/layer")
+        self.driver.empty_trash()
+
+    def call(self, method: str, *arguments: object, **options: object) -> None:
+        """Call the driver, with $base and $worker in the arguments."""
+        known = {"$worker": self.worker, "$base": self.base}
+        values = [known.get(one, one) if isinstance(one, str) else one for one in arguments]
+        getattr(self.driver, method)(*values, **options)
 
     def process(self, method: str, *arguments: object, fault: str = "", **options: object) -> int:
         """Call the driver in a process of its own and return its exit status; `fault` may kill it."""

@@ -1,7 +1,6 @@
 """What sysctr.storage.base promises, tried on every driver on every file system that makes a difference."""
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,28 +10,23 @@ import pytest
 
 from sysctr.engine.job import JobRunner
 from sysctr.errors import NoSpace, NotFound, Refused, SysctrError, UsageError, WrongState
-from sysctr.linux import fault
 from sysctr.storage import tree
 from tests import storage
 from tests.disk import fill, fill_inodes
 from tests.storage import KINDS, MIB, Pool
 
-pytestmark = [pytest.mark.root, pytest.mark.kernel, pytest.mark.needs("loop")]
-
-# Where there is no reflink, a snapshot of an image is refused; what else it can do it must do all the same.
-WITH_SNAPSHOTS = [name for name in KINDS if name != "loop-ext4"]
-LIMITED = [name for name, kind in KINDS.items() if kind.size_bytes]
+pytestmark = [pytest.mark.root, pytest.mark.kernel]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=storage.parameters())
 def pool(request, tmp_path, jobs: JobRunner) -> Iterator[Pool]:
     """A pool of each kind."""
     with storage.pool(request.param, str(tmp_path), jobs) as made:
         yield made
 
 
-snapshots = pytest.mark.parametrize("pool", WITH_SNAPSHOTS, indirect=True)
-limited = pytest.mark.parametrize("pool", LIMITED, indirect=True)
+snapshots = pytest.mark.parametrize("pool", storage.parameters(storage.WITH_SNAPSHOTS), indirect=True)
+limited = pytest.mark.parametrize("pool", storage.parameters(storage.LIMITED), indirect=True)
 
 
 def names(pool: Pool, volume: str = "101") -> list[str]:
@@ -276,7 +270,7 @@ def test_a_pause_that_fails_leaves_no_snapshot(pool: Pool) -> None:
     assert pool.read("101", "state") == "goes on"
 
 
-@pytest.mark.parametrize("pool", ["loop-ext4"], indirect=True)
+@pytest.mark.parametrize("pool", storage.parameters(["loop-ext4"]), indirect=True)
 def test_a_snapshot_that_would_be_a_copy_is_refused_with_the_way_out(pool: Pool) -> None:
     pool.create("101")
     assert not pool.driver.traits.cheap_snapshots
@@ -556,146 +550,6 @@ def write_bytes(path: str, size_bytes: int) -> None:
         for _ in range(size_bytes // MIB):
             file.write(os.urandom(MIB))
         os.fsync(file.fileno())
-
-
-# Crashes.
-
-
-class Recorder:
-    """Notes the names of the places at which a test could kill this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.names: list[str] = []
-        monkeypatch.setattr(fault, "point", self.names.append)
-
-    def taken(self) -> list[str]:
-        names, self.names[:] = list(self.names), []
-        return names
-
-
-def numbered(points: list[str]) -> list[str]:
-    return [f"{name}:{points[: at + 1].count(name)}" for at, name in enumerate(points)]
-
-
-ACTIONS = (
-    "first create", "create", "snapshot", "running snapshot", "rollback", "delete_snapshot", "clone",
-    "clone of a volume", "grow", "shrink", "destroy", "compact",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("of", ACTIONS)
-def test_a_crash_at_any_step_loses_nothing_and_leaves_nothing(pool: Pool, monkeypatch, of: str) -> None:
-    size_bytes = pool.kind.size_bytes
-    if of in ("grow", "shrink") and size_bytes is None:
-        pytest.skip("no limit in this kind of pool")
-    if not pool.driver.traits.cheap_snapshots and ("snapshot" in of or of in ("rollback", "clone")):
-        pytest.skip("no snapshots in this kind of pool")
-    recorder = Recorder(monkeypatch)
-    options = {"size_bytes": size_bytes}
-    call: tuple = {
-        "first create": ("create", "102", "$base", "$worker", options),
-        "create": ("create", "102", "$base", "$worker", options),
-        "snapshot": ("snapshot", "101", "two", {"text": "two"}, "$worker", {}),
-        "running snapshot": ("snapshot", "101", "two", {"text": "two"}, "$worker", {}),
-        "rollback": ("rollback", "101", "one", {}),
-        "delete_snapshot": ("delete_snapshot", "101", "one", {}),
-        "clone": ("clone", "101", "one", "102", "$worker", {}),
-        "clone of a volume": ("clone", "101", "", "102", "$worker", {}),
-        "grow": ("resize", "101", 100 * MIB, "$worker", {}),
-        "shrink": ("resize", "101", 40 * MIB, "$worker", {}),
-        "destroy": ("destroy", "102", {}),
-        "compact": ("compact", "101", "$worker", {}),
-    }[of]
-    method, *arguments, options = call
-
-    def prepare() -> None:
-        """Make the state before the call; whatever the last round left is taken away."""
-        for volume in pool.driver.list():
-            pool.driver.deactivate(volume)
-            pool.driver.destroy(volume)
-        pool.driver.empty_trash()
-        if of == "first create":
-            if pool.kind.driver != "overlay":
-                pool.driver.records.trash.throw(f"{pool.directory}/layers/base")
-                pool.driver.empty_trash()
-            return
-        pool.create("101")
-        pool.write("101", "state", "one")
-        if pool.driver.traits.cheap_snapshots:
-            pool.snapshot("101", "one", text="one")
-        pool.write("101", "state", "now")
-        pool.driver.set_note("101", {"kept": True})
-        if of == "destroy":
-            pool.clone("101", "", "102")
-        if of == "running snapshot":
-            pool.driver.activate("101")
-
-    prepare()
-    recorder.taken()
-    known = {"$worker": pool.worker, "$base": pool.base}
-    values = [known.get(one, one) if isinstance(one, str) else one for one in arguments]
-    getattr(pool.driver, method)(*values, **options)
-    points = numbered(recorder.taken())
-    assert points or of == "compact", "no place to be killed at"
-    with_one = {"one"} if pool.driver.traits.cheap_snapshots else set()
-    for point in points:
-        prepare()
-        assert pool.process(method, *arguments, fault=point, **options) == -9, point
-        pool.restart()
-        left = garbage(pool)
-        assert not left, f"{point}: {left}"
-        if of == "first create":
-            assert pool.driver.list() in ([], ["102"]), point
-            pool.driver.destroy("102")
-            pool.create("102")
-            assert pool.read("102", "etc/motd") == "base", point
-            continue
-        if of == "running snapshot":
-            assert pool.driver.active() == {"101"}, point
-            with storage.shown(pool.driver.activate("101")) as root:
-                Path(root, "goes on").write_text("yes")
-            pool.driver.deactivate("101")
-        assert set(pool.driver.list()) - {"102"} == {"101"}, point
-        assert pool.driver.note("101") == {"kept": True}, point
-        state = pool.read("101", "state")
-        assert state == "now" or (of == "rollback" and state == "one"), point
-        kept = set(names(pool))
-        assert with_one - ({"one"} if of == "delete_snapshot" else set()) <= kept <= with_one | {"two"}, point
-        for name in kept:
-            assert pool.driver.snapshots("101")[0].error == "", point
-            assert pool.read("101", "state", snapshot=name) == ("one" if name == "one" else "now"), point
-        if "102" in pool.driver.list():
-            assert pool.read("102", "etc/motd") == "base", point
-        sizes = {size_bytes, *([call[2]] if method == "resize" else [])}
-        assert pool.driver.size("101") in sizes, point
-        # It can be done again.
-        if of == "delete_snapshot" and not kept:
-            continue
-        if method in ("create", "clone"):
-            pool.driver.destroy("102")
-        if method == "snapshot" and "two" in kept:
-            pool.driver.delete_snapshot("101", "two")
-        getattr(pool.driver, method)(*values, **options)
-
-
-def garbage(pool: Pool) -> list[str]:
-    """Return what is in a pool or mounted and belongs to no volume."""
-    found = []
-    for directory in (pool.directory, f"{pool.directory}/volumes", f"{pool.directory}/layers", pool.run):
-        for name in os.listdir(directory) if os.path.isdir(directory) else []:
-            if name.startswith(".") and name != ".trash":
-                found.append(f"{directory}/{name}")
-    found += os.listdir(f"{pool.directory}/.trash")
-    for volume in pool.driver.list():
-        directory = f"{pool.directory}/volumes/{volume}"
-        record = json.loads(Path(directory, "volume.json").read_text())
-        allowed = {"volume.json", "snapshots", record.get("disk"), "disk.img"}
-        found += [f"{directory}/{name}" for name in os.listdir(directory) if name not in allowed]
-        snapshots = [os.path.basename(each) for each in Path(directory, "snapshots").glob("*.json")]
-        for path in Path(directory, "snapshots").iterdir():
-            if f"{path.name.split('.')[0]}.json" not in snapshots:
-                found.append(str(path))
-    return found
 
 
 # Time.
