@@ -132,7 +132,7 @@ def _words(arguments: argparse.Namespace, client: "Client") -> None:
     # A press of the tab key starts no daemon.
     client.start = False
     if arguments.kind == "snapshots":
-        # Of all containers: what stands before it on the line, no shell tells in a way that others understand.
+        # Of all containers: each shell has a way of its own to tell what stands before on the line.
         names = set()
         for container in field(client.get(path("containers"), timeout_s=2.0), "containers"):
             answer = client.get(path("containers", str(container["id"]), "snapshots"), timeout_s=2.0)

@@ -9,7 +9,7 @@ from tests.disk import disk
 from tests.node import Node, TemplateStore
 from tests.system.guests import new_name
 
-KINDS = ("btrfs", "loop")
+KINDS = ("overlay", "btrfs", "loop")
 
 
 class Kept:
