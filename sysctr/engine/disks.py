@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 # Whoever asks what containers take waits so long for what nobody has measured yet, and no longer.
 _MEASURE_S = 5.0
 _BLOCK_BYTES = 4096
+_SETTLE_S = 30.0
 
 
 class Disks:
@@ -76,17 +77,19 @@ class Disks:
                         volumes.setdefault(number, []).append(fact)
             except SysctrError as error:
                 log.debug("%s", error.message)
-        problems = pool_problems(host)
+        records = host.store.list()
+        problems = pool_problems(host, {record.pool for record in records})
         return [
             {
                 "id": record.id, "name": record.name, "pool": record.pool,
                 "volumes": volumes.get(record.id, []), "error": problems.get(record.pool, ""),
             }
-            for record in host.store.list()
+            for record in records
         ]  # fmt: skip
 
     def notices(self) -> "list[str]":
         """Return what whoever looks at the containers should know: pools that run out of room."""
+        self._host.tell_low_pools()
         pools = self._host.pools
         found = []
         for name in pools.names():
@@ -114,6 +117,8 @@ class Disks:
         stale = []
         for point in mount.points_below(top):
             volume = point.removeprefix(top).partition("/")[2].partition("/")[0]
+            if volume.startswith(".") and host.tasks.list("running"):
+                continue  # somebody looks into a volume at the moment
             number = owner(volume)
             busy = bool(number and (host.live.running(number) or host.tasks.current(number)))
             if volume and volume not in used and not busy:
@@ -139,7 +144,7 @@ class Disks:
             shown["count"] = len(dict(pools.opened())[name].list())
         except (OSError, SysctrError) as error:
             return shown | {"state": "missing", "error": f"pool {name} cannot be read: {error}"}
-        low = room.below(settings.low_space_percent)
+        low = room.is_low(settings.low_space_percent)
         return shown | {
             "size_bytes": room.size_bytes, "free_bytes": room.free_bytes, "inodes": room.inodes or None,
             "used_bytes": room.size_bytes - room.free_bytes,
@@ -178,6 +183,10 @@ def fit_disk(host: Host, record: Record, task: Task | None = None) -> int | None
     present = driver.size(record.volume)
     if _same_size(wanted, present):
         return present
+    if host.live.running(record.id) is None:
+        # Files that were pushed into a stopped container leave its volume mounted.
+        host.live.wait_settled(record.id, _SETTLE_S)
+        host.release(record.id)
     try:
         driver.resize(record.volume, wanted, host.worker(record, task))
     except SysctrError as error:
@@ -210,7 +219,7 @@ def disk_differs(host: Host, record: Record) -> bool:
         return False
     try:
         return not _same_size(record.config.limits.disk_bytes, host.driver(record).size(record.volume))
-    except (SysctrError, OSError, AttributeError):
+    except (SysctrError, OSError):
         return False  # what is the matter is told by whoever needs the volume
 
 
@@ -218,14 +227,14 @@ def disk_limit(host: Host, record: Record) -> int | None:
     """Return the limit that is in force on a container's disk; None without one, or where it is unknown."""
     try:
         return host.driver(record).size(record.volume)
-    except (SysctrError, OSError, AttributeError):
+    except (SysctrError, OSError):
         return None
 
 
-def pool_problems(host: Host, names: "Iterable[str] | None" = None) -> "dict[str, str]":
-    """Return why these pools, or all that containers are in, cannot be used, by name."""
+def pool_problems(host: Host, names: Iterable[str]) -> "dict[str, str]":
+    """Return why those of these pools that cannot be used cannot be, by name."""
     found = {}
-    for name in set(names if names is not None else (record.pool for record in host.store.list())):
+    for name in set(names):
         try:
             problem = host.pools.problem(name)
             if problem is not None:
@@ -263,7 +272,7 @@ def _usage(driver: Driver, volume: str, deadline: float) -> dict[str, Any]:
             used = driver.measure(volume)
         fact |= {"used_bytes": used, "limit_bytes": driver.size(volume)}
         return fact | {"snapshots": len(driver.snapshots(volume))}
-    except (SysctrError, OSError, AttributeError) as error:
+    except (SysctrError, OSError) as error:
         log.debug("volume %s: %s", volume, error)
         return fact
 

@@ -54,8 +54,14 @@ class Room:
     inodes: int
     free_inodes: int
 
-    def below(self, percent: int) -> bool:
-        """Tell whether less than a share of the space or of the inodes is free."""
+    def is_low(self, percent: int, *, was_low: bool = False) -> bool:
+        """Tell whether less than a share of the space or of the inodes is free.
+
+        >>> Room(1000, 105, 0, 0).is_low(10), Room(1000, 105, 0, 0).is_low(10, was_low=True)
+        (False, True)
+        """
+        if was_low:
+            percent += _AGAIN_PERCENT
         return (
             self.free_bytes * 100 < self.size_bytes * percent
             or self.free_inodes * 100 < self.inodes * percent
@@ -152,7 +158,7 @@ class Pools:
     def is_low(self, name: str) -> bool:
         """Tell whether a pool has less room than its low_space says."""
         try:
-            return self.room(name).below(self.settings(name).low_space_percent)
+            return self.room(name).is_low(self.settings(name).low_space_percent)
         except OSError:
             return False
 
@@ -161,14 +167,11 @@ class Pools:
         news = []
         for name in self.names():
             with contextlib.suppress(OSError, NotFound):
-                one, room = self._find(name), self.room(name)
-                percent = one.settings.low_space_percent
-                if room.below(percent):
-                    if not one.low:
-                        news.append(name)
-                    one.low = True
-                elif not room.below(percent + _AGAIN_PERCENT):
-                    one.low = False
+                one = self._find(name)
+                was_low = one.low
+                one.low = self.room(name).is_low(one.settings.low_space_percent, was_low=was_low)
+                if one.low and not was_low:
+                    news.append(name)
         return news
 
     def base(self, template: Template, tree: str, pool: str) -> Base:

@@ -31,7 +31,7 @@ class View:
         running = [r.id for r in records if self._host.live.running(r.id)]
         usages = self._host.cgroups.usage_all(running)
         leases = self._host.network.all_addresses()
-        problems = pool_problems(self._host)
+        problems = pool_problems(self._host, {record.pool for record in records})
         return [
             self._short(r, usages.get(r.id), leases.get(r.id, ()), problems.get(r.pool, "")) for r in records
         ]

@@ -167,12 +167,3 @@ def test_usage_is_counted(shared_host: Node) -> None:
     assert after["pids"] >= 1
     shared_host.run("stop", name)
     assert shared_host.json("info", name)["memory_bytes"] is None
-
-
-def test_what_cannot_be_enforced_is_refused(shared_host: Node) -> None:
-    name = new_name()
-    refused(shared_host, 5, "cannot limit the disk", "create", name, "--template", "tiny", "--disk", "1G")
-    refused(shared_host, 3, name, "info", name)
-    name = create(shared_host, start=False)
-    refused(shared_host, 5, "cannot limit the disk", "set", name, "disk=1G")
-    assert "disk" not in shared_host.run("config", name).out

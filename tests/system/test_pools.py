@@ -2,13 +2,16 @@
 
 import json
 import os
+import select
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from sysctr.engine import removal
 from sysctr.linux.mount import MNT_DETACH, umount2
 from tests.disk import small_disk
 from tests.node import Node
@@ -206,7 +209,7 @@ def _check_missing(host: Node, why: str) -> None:
     listed = pools(host)
     assert (listed["fast"]["state"], listed["fast"]["error"]) == ("missing", why)
     assert listed["default"]["state"] == "ok"
-    checks = {check["check"]: check for check in json.loads(host.run("doctor", "--json", check=False).out)}
+    checks = {check["check"]: check for check in doctor(host)}
     assert checks["pool fast"]["state"] == "fail"
     assert checks["pool fast"]["detail"] == why
     assert checks["pool default"]["ok"]
@@ -296,18 +299,107 @@ def test_low_space_is_told_in_the_list_by_doctor_and_once_as_an_event(
     host.run("pool", "add", "fast", "--driver", "loop", "--path", f"{disk}/pool", "--low-space", "20%")
     assert not pools(host)["fast"]["low"]
     host.run("create", "web", "--template", "tiny")
-    with open(f"{disk}/filler", "wb") as filler:
-        os.posix_fallocate(filler.fileno(), 0, 110 * _MIB)
-    assert pools(host)["fast"]["low"]
-    checks = {check["check"]: check for check in json.loads(host.run("doctor", "--json", check=False).out)}
-    assert checks["pool fast"]["state"] == "warn"
-    assert "less than 20%" in checks["pool fast"]["detail"]
-    with Terminal(host, "list") as terminal:
-        terminal.expect("pool fast is nearly full: ")
-        assert terminal.end() == 0
-    assert "nearly full" not in host.run("list").err, "a script is not talked to"
-    os.unlink(f"{disk}/filler")
-    wait_until(lambda: not pools(host)["fast"]["low"], 10)
+    with Heard(host) as heard:
+        with open(f"{disk}/filler", "wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, 110 * _MIB)
+        assert pools(host)["fast"]["low"]
+        checks = {check["check"]: check for check in doctor(host)}
+        assert checks["pool fast"]["state"] == "warn"
+        assert "less than 20%" in checks["pool fast"]["detail"]
+        with Terminal(host, "list") as terminal:
+            terminal.expect("pool fast is nearly full: ")
+            assert terminal.end() == 0
+        assert "nearly full" not in host.run("list").err, "a script is not talked to"
+        (low,) = heard.until_now("pool-low")
+        assert low["pool"] == "fast"
+        assert low["free_bytes"] < 0.2 * low["size_bytes"]
+        os.unlink(f"{disk}/filler")
+        wait_until(lambda: not pools(host)["fast"]["low"], 10)
+        host.run("list")
+        assert heard.until_now("pool-low") == []
+        with open(f"{disk}/filler", "wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, 110 * _MIB)
+        host.run("list")
+        assert [event["pool"] for event in heard.until_now("pool-low")] == ["fast"]
+
+
+class Heard:
+    """`sysctr events` of a host, read up to a mark that the test itself makes."""
+
+    def __init__(self, host: Node) -> None:
+        self._host = host
+        # Unbuffered, so that select knows of every line that is still to be read.
+        self._process = host.popen("events", "--json", stdout=subprocess.PIPE, bufsize=0)
+        self._marks = 0
+
+    def __enter__(self) -> "Heard":
+        # Its first event says that it listens.
+        wait_until(self._listens, 20)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._process.kill()
+
+    def _listens(self) -> bool:
+        self._host.run("set", "web", f"description={time.monotonic_ns()}")
+        return bool(select.select([self._process.stdout], [], [], 0.2)[0])
+
+    def until_now(self, kind: str) -> list[dict]:
+        """Return the events of a kind that came since this was asked last."""
+        self._marks += 1
+        name = f"mark-{self._marks}"
+        self._host.run("rename", "web", name)
+        self._host.run("rename", name, "web")
+        found, renamed = [], 0
+        while renamed < 2:
+            assert select.select([self._process.stdout], [], [], 20)[0], "no event came"
+            event = json.loads(self._process.stdout.readline())
+            found += [event] if event["event"] == kind else []
+            renamed += event.get("change") == "configured" and event.get("keys") == ["name"]
+        return found
+
+
+def doctor(host: Node) -> list[dict]:
+    return json.loads(host.run("doctor", "--json", check=False).out)
+
+
+def test_what_is_left_mounted_is_told_and_taken_away(make_node: Callable[..., Node]) -> None:
+    host = make_node("tiny")
+    host.run("list")
+    point = f"{host.layout.run}/storage/gone/101"
+    os.makedirs(point)
+    subprocess.run(["mount", "-t", "tmpfs", "left", point], check=True)
+    (told,) = [check for check in doctor(host) if check["check"] == "mounts"]
+    assert (told["state"], told["detail"]) == ("warn", f"left over: {point}")
+    assert f"mount {point}" in removal.unmount_all(host.layout)
+    assert not os.path.ismount(point)
+    (told,) = [check for check in doctor(host) if check["check"] == "mounts"]
+    assert told["state"] == "ok"
+
+
+def test_removal_frees_loop_devices_and_keeps_what_is_elsewhere(
+    make_node: Callable[..., Node], disk: str
+) -> None:
+    host = make_node("tiny")
+    host.run("pool", "add", "fast", "--driver", "loop", "--path", f"{disk}/fast")
+    host.run("pool", "add", "near", "--driver", "loop", "--path", f"{host.layout.lib}/storage/near")
+    host.run("create", "web", "--template", "tiny", "--pool", "fast", "--start")
+    (image,) = Path(disk, "fast", "volumes").glob("*/disk.img*")
+    assert _loops_of(image)
+    removal.stop_processes(host.layout)
+    removal.unmount_all(host.layout)
+    wait_until(lambda: not _loops_of(image), 10)
+    assert image.exists()
+    assert removal.pools_outside(host.layout) == [("fast", f"{disk}/fast")]
+    host.run("start", "web")
+    assert inside(host, "web", "hostname") == "web"
+
+
+def _loops_of(image: Path) -> list[str]:
+    done = subprocess.run(
+        ["losetup", "--associated", str(image)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout.split()
 
 
 def test_df_shows_what_containers_take(shared_host: Node) -> None:
