@@ -64,6 +64,7 @@ class History:
                 log.error(
                     "%d: cannot finish the %s that a crash cut short: %s", number, entry["action"], error
                 )
+        self._snapshots.sweep()
         return to_start
 
     def open(self, to_start: list[int]) -> None:

@@ -46,8 +46,6 @@ class Notes:
                 if self._known.get(number) == note:
                     return False
                 driver = self._host.driver(record)
-                if not hasattr(driver, "set_note"):
-                    return False
                 if driver.note(record.volume) != note:
                     driver.set_note(record.volume, note)
                 self._known[number] = note
@@ -151,8 +149,6 @@ class Recovery:
     def _left_in(self, record: Record) -> list[str]:
         try:
             driver = self._host.driver(record)
-            if not hasattr(driver, "snapshots"):
-                return []
             kept = {one.name for one in self._snapshots.all(record)}
             hidden = {one.name for one in driver.snapshots(record.volume)} - kept
             half = [(volume, name) for _, volume, name in self._snapshots.half_made(record)]

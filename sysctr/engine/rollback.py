@@ -100,7 +100,12 @@ class Rollback:
             driver.rollback(volume, snapshot.name)
             restored.append(volume)
             fault.point("rollback.volume.restored")
-        notes: list[str] = []
+        rolled = {record.volume, *(volume for _, volume in snapshot.note.get("mounts", []))}
+        notes = [
+            f"volume {volume} is no part of the snapshot and is kept as it is"
+            for _, volume in self._snapshots.volumes(record)
+            if volume not in rolled
+        ]
         text = self._text(record, snapshot, notes)
         saved = host.store.save_config(record.id, text)
         fault.point("rollback.config.written")

@@ -83,10 +83,7 @@ class Snapshots:
 
     def all(self, record: Record) -> list[Snapshot]:
         """Return a container's snapshots, oldest first, without those that an action keeps for itself."""
-        driver = self._host.driver(record)
-        if not hasattr(driver, "snapshots"):
-            return []
-        found = driver.snapshots(record.volume)
+        found = self._host.driver(record).snapshots(record.volume)
         return [one for one in found if not one.name.startswith(_TEMPORARY)]
 
     def get(self, record: Record, name: str) -> Snapshot:
@@ -274,9 +271,23 @@ class Snapshots:
             self._drop(name, [*reversed(volumes)])
         self._journal.clear(record.id)
 
+    def sweep(self) -> None:
+        """Delete what a crash left of snapshots that were being deleted; called when nothing is under way."""
+        for record in self._host.store.list():
+            if record.error:
+                continue
+            try:
+                for driver, volume, name in self.half_made(record):
+                    log.info("%d: deleting the rest of snapshot %s in volume %s", record.id, name, volume)
+                    driver.delete_snapshot(volume, name)
+            except SysctrError as error:
+                log.warning("%d: %s", record.id, error.message)
+
     def half_made(self, record: Record) -> list[tuple[Driver, str, str]]:
         """Return driver, volume and name of what is left of snapshots that the root volume has not."""
         *mounts, root = self.volumes(record)
+        if not mounts:
+            return []
         whole = {one.name for one in root[0].snapshots(root[1])}
         return [
             (driver, volume, one.name)

@@ -30,6 +30,10 @@ class Kept:
         self.host.run("create", name, "--template", "tiny", "--pool", self.pool, *options, *starting)
         return name
 
+    def mount(self, number: int, target: str) -> str:
+        """Return the setting that gives a container a volume of its own."""
+        return f"mount.{number}=target={target}{',size=64M' if self.kind == 'loop' else ''}"
+
     def write(self, ref: str, path: str, text: str) -> None:
         """Write a file of a container, running or stopped."""
         with tempfile.NamedTemporaryFile("w") as file:

@@ -97,6 +97,45 @@ def test_a_daemon_killed_in_a_snapshot_of_a_running_container(kept: Kept, subjec
 
 
 @pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize(
+    ("point", "arguments"),
+    [
+        ("snapshot.journal.written", ("snapshot", "second")),
+        ("snapshot.volume.taken", ("snapshot", "second")),
+        ("snapshot.volume.taken:2", ("snapshot", "second")),
+        ("snapshot.taken", ("snapshot", "second")),
+        ("snapshot.volume.deleted", ("delsnapshot", "both")),
+        ("rollback.volume.restored", ("rollback", "both", "--yes")),
+        ("rollback.volume.restored:2", ("rollback", "both", "--yes")),
+    ],
+)
+def test_a_daemon_killed_between_two_volumes(
+    kept: Kept, subject: str, point: str, arguments: tuple[str, ...], running: bool
+) -> None:
+    host = kept.host
+    host.run("set", subject, kept.mount(0, "/data"))
+    host.run("start", subject)
+    shell(host, subject, "echo old > /root/file; echo old > /data/file")
+    host.run("snapshot", subject, "both")
+    shell(host, subject, "echo new > /root/file; echo new > /data/file")
+    if not running:
+        host.run("stop", subject, "--kill")
+    die_at(host, point, arguments[0], subject, *arguments[1:])
+    assert kept.leftovers() == []
+    if running:
+        host.wait(subject, "running")
+    else:
+        host.run("start", subject)
+    # Both are of one time, whatever the time is.
+    found = inside(host, subject, "cat /root/file /data/file").split()
+    assert found == (["old", "old"] if arguments[0] == "rollback" else ["new", "new"])
+    if "both" in kept.names(subject):
+        host.run("rollback", subject, "both", "--yes")
+        assert inside(host, subject, "cat /root/file /data/file").split() == ["old", "old"]
+    is_whole(kept, subject)
+
+
+@pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("point", _ROLLBACK)
 def test_a_daemon_killed_in_a_rollback(kept: Kept, subject: str, point: str, running: bool) -> None:
     kept.host.run("set", subject, "description=new")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,54 @@ def test_several_at_once_and_names_of_the_time(kept: Kept) -> None:
     assert kept.names(refs[0])[1].startswith("snap-2")
     kept.host.run("delsnapshot", refs[0], "--all")
     assert kept.names(refs[0]) == []
+
+
+def test_volumes_of_its_own_go_with_the_root(kept: Kept) -> None:
+    ref = kept.create("--set", kept.mount(0, "/data"), start=True)
+    shell(kept.host, ref, "echo old > /data/file; echo old > /root/file")
+    kept.host.run("snapshot", ref, "running")
+    kept.host.run("stop", ref, "--kill")
+    kept.host.run("snapshot", ref, "stopped")
+    kept.host.run("start", ref)
+    shell(kept.host, ref, "echo new > /data/file; echo new > /root/file")
+    kept.host.run("set", ref, kept.mount(1, "/more"))
+    for name in ("running", "stopped"):
+        done = kept.host.run("rollback", ref, name, "--yes")
+        assert "is no part of the snapshot and is kept" in done.err
+        assert inside(kept.host, ref, "cat /data/file /root/file").split() == ["old", "old"]
+        assert shell(kept.host, ref, "ls /more", check=False).status != 0
+    kept.host.run("delsnapshot", ref, "--all")
+    assert kept.leftovers() == []
+    number = kept.host.json("info", ref)["id"]
+    kept.host.run("destroy", ref, "--yes", "--force")
+    assert not [name for name in kept.volumes() if name.startswith(f"{number}-")]
+
+
+def test_a_volume_of_a_snapshot_that_is_gone_forbids_the_rollback(kept: Kept) -> None:
+    ref = kept.create("--set", kept.mount(0, "/data"))
+    kept.host.run("snapshot", ref, "whole")
+    number = kept.host.json("info", ref)["id"]
+    kill(kept.host.pids()["daemon"])
+    shutil.move(f"{kept.directory}/volumes/{number}-disk0", f"{kept.directory}/aside")
+    kept.host.run("daemon", "start")
+    refused(kept.host, 5, "is gone", "rollback", ref, "whole", "--yes")
+    assert kept.names(ref) == ["whole"]
+    shutil.rmtree(f"{kept.directory}/aside")
+    kept.host.run("destroy", ref, "--yes")
+
+
+def test_a_container_that_is_busy_is_not_rolled_back(kept: Kept) -> None:
+    ref = kept.create(start=True)
+    kept.host.run("snapshot", ref, "before")
+    # Its init ignores what should end it.
+    task = kept.host.run("shutdown", ref, "--timeout", "60", "--no-wait").out.strip()
+    done = kept.host.run("rollback", ref, "before", "--yes", check=False)
+    kept.host.run("task", "cancel", task, check=False)
+    if done.status:
+        assert done.status == 4, done
+        assert "is running" in done.err
+    wait_until(lambda: not kept.host.json("info", ref)["task"], 30)
+    kept.host.run("destroy", ref, "--yes", "--force")
 
 
 def test_a_damaged_snapshot_is_listed_refused_and_deleted(kept: Kept) -> None:
