@@ -14,7 +14,7 @@ from tests.vm.machine import Machine
 # a template. Its last line runs it all, and the units are found beside it.
 INSTALL = f"""\
 set -euo pipefail
-mkdir /root/install
+mkdir -p /root/install
 cp -r {PAYLOAD}/checkout/packaging {PAYLOAD}/checkout/sysctr /root/install
 ln -s {PAYLOAD} /opt/sysctr
 cd /root/install
@@ -30,6 +30,12 @@ raise_kernel_limits
 install_launcher
 start_services
 """
+
+
+def install(vm: Machine) -> None:
+    """Install sysctr, or what an uninstall took away of it."""
+    vm.put("/root/install.sh", INSTALL.encode())
+    vm.output(["bash", "/root/install.sh"], timeout_s=300)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -71,12 +77,39 @@ def template() -> str:
     return "debian-12"
 
 
+# What an installation leaves its traces in, one trace on each line. Of the files those that come and go by
+# themselves are left out: systemd's, and the copies that the tools for groups make of what they change.
+PICTURE = """\
+find /etc /opt /usr/local /usr/share/bash-completion /run/sysctr* /var/lib /var/log -xdev 2>/dev/null \
+    | grep -vE '^/var/lib/systemd/|-$'
+sed 's/^/entry /' /etc/group /etc/subuid /etc/subgid
+nft list tables
+ls /sys/class/net | sed 's/^/link /'
+find /sys/fs/cgroup -name '*sysctr*' ! -name 'sysctr-agent*' ! -name '*.mount'
+systemctl list-unit-files --no-legend 'sysctr*' | grep -v ^sysctr-agent
+grep sysctr /proc/mounts
+pgrep -l 'sysctr|dnsmasq' | sed 's/^[0-9]* /process /'
+cd /proc/sys
+grep '' fs/inotify/max_user_instances fs/inotify/max_user_watches kernel/keys/maxkeys net/ipv4/ip_forward
+"""
+
+
+def picture(vm: Machine) -> set[str]:
+    """Return all of what sysctr could leave on a virtual host, each trace as a line."""
+    return set(vm.output(["sh", "-c", PICTURE]).splitlines())
+
+
 @pytest.fixture(scope="session")
-def installed(vm: Machine, templates: TemplateStore, template: str) -> Machine:
+def untouched(vm: Machine) -> set[str]:
+    """What picture saw before the installation."""
+    return picture(vm)
+
+
+@pytest.fixture(scope="session")
+def installed(vm: Machine, untouched: set[str], templates: TemplateStore, template: str) -> Machine:
     """The virtual host with sysctr as quickstart installs it, its units running, and templates injected."""
     with Node() as node:
         templates.give(node, *{"tiny", template})
         vm.mount(Path(node.layout.pool), "/var/lib/sysctr/storage/default")
-    vm.put("/root/install.sh", INSTALL.encode())
-    vm.output(["bash", "/root/install.sh"], timeout_s=300)
+    install(vm)
     return vm

@@ -106,7 +106,7 @@ class Machine:
                     env={**os.environ, "TMPDIR": self._directory},
                 )
             undo.callback(self._end)
-            self._receive(self._boot_timeout_s, "boot")
+            self._await_agent("boot")
             self.boot_s = time.monotonic() - started
             self._undo = undo.pop_all()
         return self
@@ -153,9 +153,16 @@ class Machine:
         # What the guest read of the empty disk at its boot is no longer so.
         self.output(["blockdev", "--flushbufs", "/dev/vdc"])
         self.output(["mkdir", "-p", target])
-        self.output(["mount", "-o", "noatime,noinit_itable", "/dev/vdc", target])
+        line = f"/dev/vdc {target} ext4 noatime,noinit_itable 0 0"
+        self.output(["sh", "-c", f"echo {line} >>/etc/fstab && mount {target}"])
         self.output(["rmdir", f"{target}/lost+found"])
         self.output(["chmod", f"{tree.stat().st_mode & 0o7777:o}", target])
+
+    def reboot(self) -> None:
+        """Restart the virtual host as its administrator would; what is on its disks stays."""
+        request = {"run": ["systemctl", "reboot"], "timeout_s": 60, "cwd": "/", "env": GUEST_ENVIRONMENT}
+        self._port.sendall(json.dumps({**request, "size": 0}).encode() + b"\n")
+        self._await_agent("reboot")
 
     def console(self) -> str:
         """Return what kernel and systemd wrote to the serial console."""
@@ -171,7 +178,7 @@ class Machine:
             "setpriv", "--pdeathsig", "KILL",
             "qemu-system-x86_64", "-accel", accelerator, "-cpu", cpu, *self._hardware,
             "-machine", "q35,hpet=off,vmport=off,smbus=off,sata=off",
-            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            "-nodefaults", "-no-user-config", "-display", "none",
             "-kernel", str(self.image.kernel), "-initrd", str(self.image.initramfs),
             "-append", self._command_line,
             "-drive", f"file={self.image.root},format=raw,if=virtio,snapshot=on,cache=unsafe",
@@ -189,7 +196,15 @@ class Machine:
             self._port.sendall(json.dumps({**request, "size": len(data)}).encode() + b"\n" + data)
         except OSError as error:
             raise self._failed(what, str(error)) from error
-        return self._receive(timeout_s, what)
+        reply, received = self._receive(timeout_s, what)
+        if "ready" in reply:
+            raise self._failed(what, "the machine started again")
+        return reply, received
+
+    def _await_agent(self, what: str) -> None:
+        # The agent may still answer, or not, the request that ends it.
+        while "ready" not in self._receive(self._boot_timeout_s, what)[0]:
+            pass
 
     def _receive(self, timeout_s: float, what: str) -> tuple[dict, bytes]:
         deadline = time.monotonic() + timeout_s

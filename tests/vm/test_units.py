@@ -10,6 +10,7 @@ from tests.vm.machine import Machine
 from tests.wait import wait_until
 
 DAEMON, SUPERVISOR = "sysctrd.service", "sysctr-supervisor.service"
+CONTAINERS = "sysctr-containers.service"
 DEADLINE_S = 300
 
 
@@ -49,10 +50,11 @@ def assert_it_went_on(container: Container, init: int) -> None:
 
 
 def test_systemd_finds_nothing_wrong_with_the_units(installed: Machine) -> None:
-    paths = [f"/etc/systemd/system/{unit}" for unit in (DAEMON, SUPERVISOR)]
+    paths = [f"/etc/systemd/system/{unit}" for unit in (DAEMON, SUPERVISOR, CONTAINERS)]
     result = installed.run(["systemd-analyze", "verify", *paths])
     assert (result.status, result.stdout + result.stderr) == (0, "")
-    assert installed.output(["systemctl", "is-enabled", DAEMON, SUPERVISOR]).split() == ["enabled"] * 2
+    for unit in (DAEMON, SUPERVISOR, CONTAINERS):
+        assert installed.output(["systemctl", "is-enabled", unit]) == "enabled"
 
 
 def test_the_doctor_finds_nothing_to_mend_but_what_the_image_lacks(installed: Machine) -> None:
