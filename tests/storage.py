@@ -19,6 +19,7 @@ from sysctr.storage import images
 from sysctr.storage.base import Base, Driver, RootSpec
 from sysctr.storage.drivers import open_driver
 from tests.disk import disk
+from tests.node import Node
 
 MIB = 1 << 20
 CHECKOUT = Path(__file__).parents[1]
@@ -213,3 +214,17 @@ def pool(name: str, place: str, jobs: JobRunner, *options: str) -> Iterator[Pool
                         with contextlib.suppress(OSError):
                             images.thaw(f"{run}/{entry}")
                         umount2(f"{run}/{entry}", MNT_DETACH)
+
+
+def check_debian(node: Node, ref: str) -> None:
+    """See that a container with Debian is up, has no device nodes of its own, and that setuid works in it."""
+    node.wait(ref, "booted")
+
+    def says(script: str) -> str:
+        return node.run("exec", ref, "--", "sh", "-c", script).out.strip()
+
+    assert says("systemctl is-system-running") == "running"
+    assert "nodev" in says("findmnt -no OPTIONS /").split(",")
+    assert says("mknod /null c 1 3 2>&1 || true").endswith("Operation not permitted")
+    as_user = "setpriv --reuid=1000 --regid=1000 --clear-groups"
+    assert says(f"cp /usr/bin/id /id && chmod 4755 /id && {as_user} /id -u && rm /id") == "0"

@@ -275,11 +275,11 @@ def settle(path: str) -> None:
         _run(["e2fsck", "-E", "journal_only", "-y", path], doing, path, accept=(0, 1))
 
 
-def copy(source: str, target: str) -> None:
+def copy(source: str, target: str, *, sync: bool = True) -> None:
     """Copy an image to a path where nothing is; blocks are shared where the file system can, holes stay.
 
-    Of a mounted one the copy is only good while it is `frozen`. Raises NoSpace or SysctrError; then there is
-    no `target`.
+    Of a mounted one the copy is only good while it is `frozen`. Without `sync` that is left to do.
+    Raises NoSpace or SysctrError; then there is no `target`.
     """
     doing = f"copy the disk {source}"
     with _new_file(target, doing) as target_fd:
@@ -289,7 +289,20 @@ def copy(source: str, target: str) -> None:
                 _run(["cp", "--reflink=never", "--sparse=always", "--", source, target], doing, target)
         finally:
             os.close(source_fd)
-        os.fsync(target_fd)
+        if sync:
+            os.fsync(target_fd)
+
+
+def sync(path: str) -> None:
+    """Put an image that was copied on the disk."""
+    try:
+        image_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(image_fd)
+        finally:
+            os.close(image_fd)
+    except OSError as error:
+        raise tree.explain(error, f"write the disk {path}", os.path.dirname(path)) from error
 
 
 def can_reflink(directory: str) -> bool:

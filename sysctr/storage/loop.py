@@ -170,7 +170,8 @@ class LoopDriver(RecordedDriver):
         tree.sync_file_system(directory)
         with (pause or contextlib.nullcontext)(), images.frozen(directory):
             self._point("snapshot.frozen")
-            images.copy(disk, target)
+            images.copy(disk, target, sync=False)
+        images.sync(target)  # while the container goes on
 
     @contextlib.contextmanager
     def _view(self, disk: str) -> Iterator[RootSpec]:
