@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.node import TemplateStore, kill
+from tests.disk import disk, fill
+from tests.node import Node, TemplateStore, kill
 from tests.system.guests import Terminal, inside, refused, shell
 from tests.system.pools import KINDS, Kept, host_keeping
 from tests.wait import wait_until
@@ -266,3 +267,33 @@ def test_a_schedule_makes_up_for_what_was_missed_once_and_prunes_only_its_own(ke
     kinds = [task["kind"] for task in kept.host.json("task", "list") if task["container"] == number]
     assert kinds.count("snapshot") == 3, kinds
     assert os.path.exists(f"{kept.directory}/volumes/{number}")
+
+
+def test_a_full_disk_takes_no_snapshot_and_gives_back_its_space(
+    templates: TemplateStore, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    with disk(str(place), "ext4"), Node(keep=pytestconfig.getoption("keep")) as host:
+        templates.give(host, "tiny")
+        host.run("pool", "add", "small", "--driver", "overlay", "--path", f"{place}/pool")
+        kept = Kept(host, "overlay", "small", f"{place}/pool")
+        ref = kept.create()
+        kept.write(ref, "/root/file", "old")
+        host.run("snapshot", ref, "old")
+        kept.write(ref, "/root/file", "new")
+        fill(str(place))
+        refused(host, 1, "o space left", "snapshot", ref, "second")
+        refused(host, 1, "o space left", "rollback", ref, "old", "--yes")
+        refused(host, 1, "o space left", "clone", ref, "second")
+        assert kept.names(ref) == ["old"]
+        assert kept.leftovers() == []
+        host.run("delsnapshot", ref, "old")
+        assert kept.names(ref) == []
+        for filler in place.glob("filler-*"):
+            filler.unlink()
+        assert kept.read(ref, "/root/file") == "new"
+        host.run("start", ref)
+        host.run("snapshot", ref, "again")
+        logs = host.logs()
+        assert "Traceback" not in logs, logs

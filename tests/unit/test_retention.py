@@ -1,5 +1,6 @@
 """Which snapshots the keep rules keep, and when a schedule is due."""
 
+import doctest
 import time
 from collections.abc import Iterator
 
@@ -7,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sysctr.cli import snapshot
+from sysctr.config import schedule
 from sysctr.config.schedule import parse_schedule
+from sysctr.engine import differences, retention, snapshots
 from sysctr.engine.retention import RULES, surplus
 from sysctr.errors import ConfigError
 
@@ -20,6 +24,13 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     time.tzset()
+
+
+@pytest.mark.parametrize("module", [schedule, retention, snapshots, differences, snapshot])
+def test_examples_of_the_modules_hold(module) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def at(text: str) -> float:
