@@ -55,8 +55,9 @@ class Engine:
     def open(self) -> None:
         """Take up work: finish or undo what a crash left, then adopt what runs."""
         host = self._host
-        host.templates.sweep()
         host.pools.prepare()
+        if host.pools.problem(HOME) is None:
+            host.templates.sweep()
         for stale in host.store.stale_reservations():
             log.info("%d: taking back what was left of %s", stale.id, stale.name)
             self._creation.discard_volumes(stale.id)

@@ -16,7 +16,7 @@ from sysctr.engine.job import JobRunner
 from sysctr.engine.live import Live, LiveTable
 from sysctr.engine.mounts import Mounts
 from sysctr.engine.plan import Idmap
-from sysctr.engine.pools import Pools
+from sysctr.engine.pools import HOME, Pools
 from sysctr.engine.record import Record
 from sysctr.engine.state import Store
 from sysctr.engine.supervisor import SupervisorClient
@@ -68,7 +68,8 @@ class Host:
         """Make what every container needs of the host, and learn what runs."""
         ids = self.settings.ids
         self.store.pool.register(ids.count or default_count(self.where), ids.first)
-        self.templates.prepare()
+        if self.pools.problem(HOME) is None:
+            self.templates.prepare()
         self.supervisor.ensure()
         self.live.open(self.cgroups.is_frozen)
         threading.Thread(target=self._warm, name="warm", daemon=True).start()

@@ -59,11 +59,12 @@ def add_pool(
             settings = _taken_up(doing, settings, force=force)
             _refuse_twice(pools, doing, settings)
             driver = open_driver(kind, path, where.pool_run(name))
-            _prepare(driver, path, undo)
-            check(driver)
+            # First: what a crash leaves of this can be added again.
             if not os.path.lexists(f"{path}/{MARKER}"):
                 undo.callback(_unlink, f"{path}/{MARKER}")
                 write_marker(name, settings)
+            _prepare(driver, path, undo)
+            check(driver)
             os.makedirs(where.pool_configs, mode=0o755, exist_ok=True)
             text = pool_config.new_text(name, settings)
             files.write_atomically(config_path(where, name), text.encode(), 0o644)

@@ -1,7 +1,8 @@
 """The pools of a host: where volumes are kept, each with the driver its administrator chose.
 
-etc/pools/NAME.toml    driver, path and id of a pool; the pool "default" needs none
-POOL/.sysctr-pool      the same id, in the pool itself: without it the place is not the pool, only its path
+etc/pools/NAME.toml      driver, path and id of a pool; the pool "default" needs none
+lib/storage/default.id   the id of that one
+POOL/.sysctr-pool        the same id, in the pool itself: without it the place is not the pool, only its path
 
 Both are looked at whenever a pool is used, so one whose disk comes back needs no restart of the daemon.
 """
@@ -11,7 +12,8 @@ import json
 import logging
 import os
 import threading
-from dataclasses import dataclass, field
+import uuid
+from dataclasses import dataclass, field, replace
 
 from sysctr.config import pool as pool_config
 from sysctr.config import values
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 # The pool that every host has. Templates live in it; other pools get a copy of those that they need.
 HOME = "default"
 MARKER = ".sysctr-pool"
+# Beside the directory of the default pool, which has no file that says its id.
+_HOME_ID = ".id"
 
 _LOW_SPACE_PERCENT = 10
 _FILE_LIMIT_BYTES = 64 << 10
@@ -183,14 +187,27 @@ class Pools:
 
     def prepare(self) -> None:
         """Make every pool usable and clean up after a crash; what fails is told to who asks for the pool."""
-        home = self._known[HOME]
-        self.home.prepare()
-        self.home.sweep()
-        home.ready = home.swept = True
+        self._prepare_home()
         for name in self.names():
             problem = self.problem(name)
             if problem is not None:
                 log.error("%s", problem.reason)
+
+    def _prepare_home(self) -> None:
+        """Make the pool that every host has, unless it was made before and its disk is not there now."""
+        home, path = self._known[HOME], self._where.pool
+        try:
+            home.settings = replace(home.settings, id=_read_home_id(path))
+            if home.settings.id and _look(HOME, home.settings) is not None:
+                return
+            self.home.prepare()
+            self.home.sweep()
+            home.ready = home.swept = True
+            if not home.settings.id:
+                home.settings = replace(home.settings, id=_mark_home(path))
+        except (SysctrError, OSError) as error:
+            # Whoever needs it is told; containers in other pools do not.
+            log.error("pool %s: %s", HOME, error)
 
     def empty_trash(self) -> None:
         """Delete what was destroyed, in every pool that can be used."""
@@ -278,7 +295,8 @@ class Pools:
             except (ConfigError, OSError, UnicodeDecodeError) as error:
                 # All that it could say is when to warn.
                 log.error("%s: %s", config_path(self._where, HOME), error)
-        self._known[HOME].settings = Pool("overlay", self._where.pool, "", percent)
+        home = self._known[HOME]
+        home.settings = replace(home.settings, low_space_percent=percent)
 
 
 def config_path(where: Layout, name: str) -> str:
@@ -294,6 +312,26 @@ def read_marker(path: str) -> "dict[str, str]":
         return {"id": str(marker["id"]), "driver": str(marker["driver"]), "name": str(marker["name"])}
     except (ValueError, KeyError, TypeError, RecursionError):
         return {"id": "", "driver": "", "name": ""}
+
+
+def _read_home_id(path: str) -> str:
+    try:
+        return _text(f"{path}{_HOME_ID}").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _mark_home(path: str) -> str:
+    """Mark the pool of a host that has just been made, or that is an older one's, and note its id beside."""
+    try:
+        id_ = read_marker(path)["id"]
+    except FileNotFoundError:
+        id_ = ""
+    if not id_:
+        id_ = str(uuid.uuid4())
+        write_marker(HOME, Pool("overlay", path, id_, _LOW_SPACE_PERCENT))
+    files.write_atomically(f"{path}{_HOME_ID}", f"{id_}\n".encode())
+    return id_
 
 
 def write_marker(name: str, settings: Pool) -> None:
@@ -329,7 +367,8 @@ def _look(name: str, settings: Pool) -> Problem | None:
     """Return why a path is not its pool at the moment; some system calls."""
     path = settings.path
     try:
-        if name != HOME:
+        # The first pool of a host has no id before it was made.
+        if settings.id:
             marker = read_marker(path)
             if marker["id"] != settings.id:
                 return Problem(
@@ -357,7 +396,7 @@ def _absence(path: str) -> str:
 
 
 def _absence_hint(path: str) -> str:
-    return f"mount it; the pool is known by its file {path}/{MARKER}"
+    return f"mount it; it is known by its file {path}/{MARKER}"
 
 
 def _reason(error: SysctrError) -> str:

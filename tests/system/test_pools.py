@@ -215,6 +215,31 @@ def _check_missing(host: Node, why: str) -> None:
     assert checks["pool default"]["ok"]
 
 
+def test_a_host_whose_default_pool_is_not_mounted_starts_and_writes_nothing_there(
+    make_node: Callable[..., Node], disk: str
+) -> None:
+    host = make_node("tiny")
+    home = host.layout.pool
+    host.run("pool", "add", "fast", "--driver", "loop", "--path", disk)
+    host.run("create", "web", "--template", "tiny")
+    host.run("create", "other", "--template", "tiny", "--pool", "fast")
+    host.run("daemon", "stop")
+    os.rename(home, f"{home}.away")
+    os.mkdir(home)
+    why = f"pool default is missing: {home} is not mounted"
+    refused(host, 4, f"cannot start web (100): {why}", "start", "web")
+    assert {one["name"]: one["error"] for one in host.json("list")} == {"web": why, "other": ""}
+    host.run("start", "other")
+    assert inside(host, "other", "hostname") == "other"
+    assert {check["check"]: check["state"] for check in doctor(host)}["pool default"] == "fail"
+    assert os.listdir(home) == []
+    os.rmdir(home)
+    os.rename(f"{home}.away", home)
+    host.run("start", "web")
+    assert inside(host, "web", "hostname") == "web"
+    host.run("create", "more", "--template", "tiny")
+
+
 def test_another_pool_at_the_path_is_not_taken_for_the_pool(shared_host: Node, tmp_path: Path) -> None:
     host = shared_host
     directory = str(tmp_path / "swap")

@@ -128,6 +128,32 @@ def test_the_file_of_the_default_pool_says_when_to_warn_only(where: Layout) -> N
     assert (known.settings("default").path, known.settings("default").low_space_percent) == (where.pool, 10)
 
 
+@pytest.mark.root
+def test_the_default_pool_is_known_by_its_mark_once_it_was_made(where: Layout) -> None:
+    first = Pools(where)
+    first.prepare()
+    assert first.problem("default") is None
+    id_ = first.settings("default").id
+    assert pools.read_marker(where.pool)["id"] == id_
+    again = Pools(where)
+    again.prepare()
+    assert again.settings("default").id == id_
+    os.rename(where.pool, f"{where.pool}.away")
+    os.mkdir(where.pool)
+    for known in (again, Pools(where)):
+        known.prepare()
+        assert known.problem("default").state == "missing"
+        assert os.listdir(where.pool) == []
+    os.rmdir(where.pool)
+    os.rename(f"{where.pool}.away", where.pool)
+    assert known.problem("default") is None
+    # The state of the host was lost, and its pool was not.
+    os.unlink(f"{where.pool}.id")
+    last = Pools(where)
+    last.prepare()
+    assert last.settings("default").id == id_
+
+
 def test_a_newer_or_strange_file_stops_nothing_else(where: Layout, tmp_path: Path) -> None:
     write_marker(tmp_path / "fast")
     write_file(where, "fast", str(tmp_path / "fast"))
