@@ -3,6 +3,7 @@
 
     packaging/test bench --rounds 10 --json /tmp/bench.json
     packaging/test bench --only start,exec
+    packaging/test bench storage            what storage costs, against the size and against the host
 
 Needs root and Debian's packages lxc and mmdebstrap. What it makes goes away with it.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.bench import storage
 from tests.bench.sides import Failed, Guest, Lxc, Sysctr, both, pss_mb, run
 from tests.bench.table import Results, Row
 
@@ -225,6 +227,8 @@ def measure(options: argparse.Namespace) -> Results:
 
 def main() -> int:
     """Measure and print."""
+    if sys.argv[1:2] == ["storage"]:
+        return storage.main(sys.argv[2:])
     options = parser().parse_args()
     if os.geteuid() != 0:
         print("bench: this is not root", file=sys.stderr)

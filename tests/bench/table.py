@@ -52,7 +52,7 @@ class Results:
         for row in self.measured():
             ratio = self.ratio(row)
             lines.append(
-                f"| {row.name} | {_spread(row.lxc, row.unit)} | {_spread(row.sysctr, row.unit)} "
+                f"| {row.name} | {spread(row.lxc, row.unit)} | {spread(row.sysctr, row.unit)} "
                 f"| {'' if ratio is None else f'{ratio:.2f}'} | {_aim(row)} | {self._verdict(row)} |"
             )
         return "\n".join(lines)
@@ -86,10 +86,10 @@ def _aim(row: Row) -> str:
     return ", ".join(aims)
 
 
-def _spread(samples: list[float], unit: str) -> str:
+def spread(samples: list[float], unit: str) -> str:
     """Write samples as "median unit (min to max)".
 
-    >>> _spread([3.0, 1.0, 2.0], "ms"), _spread([0.0424], "MB"), _spread([], "ms")
+    >>> spread([3.0, 1.0, 2.0], "ms"), spread([0.0424], "MB"), spread([], "ms")
     ('2.0 ms (1.0 to 3.0)', '0.042 MB', '')
     """
     if not samples:
