@@ -1,7 +1,7 @@
 """Mount points and device nodes of a container's configuration: their values, one-line form and rules."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from sysctr.config.values import parse_text, refuse, shown
@@ -345,9 +345,9 @@ def _is_below(path: str, directory: str) -> bool:
     return path.startswith(f"{directory}/")
 
 
-def free_index(tables: Mapping[int, object], most: int) -> int:
+def free_index(taken: Collection[int], most: int) -> int:
     """Return the lowest number that no table of the kind has; ConfigError when all are taken."""
     for index in range(most + 1):
-        if index not in tables:
+        if index not in taken:
             return index
     raise ConfigError(f"cannot add another one: {most + 1} are the most")

@@ -10,7 +10,7 @@ from sysctr.config.mounts import Mount
 from sysctr.engine.disks import disk_differs, fit_disk
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import limits_of
-from sysctr.engine.mounts import tables
+from sysctr.engine.mounts import Volume, tables
 from sysctr.engine.record import Record
 from sysctr.errors import ConfigError, SysctrError, UsageError
 from sysctr.network.addresses import random_mac
@@ -53,35 +53,32 @@ class Changes:
 
     def add_mount(self, record: Record, line: object, *, device: bool = False) -> dict:
         """Add a mount point or a device under a free number; at once where the container runs."""
-        added = self._host.mounts.changes_to_add(record, line, device=device)
-        return {**self.apply(record, added["changes"]), "key": added["key"]}
+        key, changes = self._host.mounts.changes_to_add(record, line, device=device)
+        return {**self.apply(record, changes), "key": key}
 
     def remove_mount(self, record: Record, which: str, data: str | None) -> dict:
         """Remove what `find` finds; `data` is "keep" or "delete", and has to be said of a volume."""
         mounts = self._host.mounts
         found = mounts.find(record, which)
-        volume = found if isinstance(found, str) else ""
+        volume = found if isinstance(found, Volume) else None
         if isinstance(found, Mount) and found.kind in ("volume", "shared"):
-            volume = mounts.volume_of(record, found).name
-        shared = isinstance(found, Mount) and found.kind == "shared"
-        if volume and data is None and not shared:
+            volume = mounts.volume_of(record, found)
+        if volume is not None and data is None and (isinstance(found, Volume) or found.kind == "volume"):
             raise UsageError(
-                f"cannot remove {which}: it has a volume with data, {volume}", "say --keep or --delete"
+                f"cannot remove {which}: it has a volume with data, {volume.name}", "say --keep or --delete"
             )
-        delete = bool(volume) and data == "delete"
-        if isinstance(found, str):
-            answer = {"applied": [], "pending": [], "notes": [], "key": ""}
-        else:
-            if delete and shared:
-                mounts.refuse_shared(record, found)
+        unwanted = volume if data == "delete" else None
+        if unwanted is not None:
+            mounts.refuse_deletion(record, found)
+        answer: dict = {"applied": [], "pending": [], "notes": [], "key": ""}
+        if not isinstance(found, Volume):
             answer = {**self.apply(record, {found.key: None}), "key": found.key}
-        stays = delete and answer["key"] in answer["pending"]
-        if stays:
-            later = f"sysctr mount remove {record.id} {volume} --delete"
-            answer["notes"].append(f"the volume {volume} is kept while it is mounted: `{later}` after that")
-        elif delete:
-            mounts.discard(record, volume)
-        return {**answer, "volume": volume, "deleted": delete and not stays}
+        if unwanted is not None and answer["key"] in answer["pending"]:
+            answer["notes"].append(f"the volume {unwanted.name} is kept, as it is still mounted")
+            unwanted = None
+        if unwanted is not None:
+            mounts.discard(unwanted)
+        return {**answer, "volume": volume.name if volume else "", "deleted": unwanted is not None}
 
     def replace(self, record: Record, text: str, digest: str) -> dict:
         """Take `text` as the whole configuration, apply what can be applied, and say what waits."""
@@ -115,6 +112,7 @@ class Changes:
             if followed.done:
                 known = toml.edit(saved.boot_config, tables(new, followed.done))
                 saved = host.store.update(record.id, boot_config=known)
+                host.mounts.release_shared()
         if old is None or old.name != new.name:
             host.register_name(saved)
         host.bus.publish("container", id=record.id, change="configured", keys=list(changed))

@@ -49,7 +49,7 @@ def check_source(mount: Mount) -> None:
     try:
         source_fd = os.open(source, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        reason = error.strerror[:1].lower() + error.strerror[1:]
+        reason = os.strerror(error.errno or 0).lower()
         raise NotFound(f"cannot accept {mount.key}: {source}: {reason}") from error
     try:
         mode = os.fstat(source_fd).st_mode

@@ -9,11 +9,11 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sysctr.config import schema, toml
 from sysctr.config.mounts import Device, Mount, free_index
-from sysctr.config.table import HIGHEST_NUMBER
+from sysctr.config.table import HIGHEST_NUMBER, Plain
 from sysctr.engine.mount_plan import MountPlan, Place, mount_plan, target_of
 from sysctr.engine.mount_sources import check_device, check_ids, check_source
 from sysctr.engine.record import Record
@@ -70,7 +70,7 @@ class Mounts:
         config = record.config
         if config is None:
             return
-        had = {one.key: one for one in (*known.mounts, *known.devices)} if known else {}
+        had = _every(known)
         for device in config.devices:
             if had.get(device.key) != device:
                 check_device(device)
@@ -159,6 +159,11 @@ class Mounts:
         """Give back the shared volumes that only this container had; its own are not looked at."""
         with self._lock:
             self._active.discard(number)
+            self.release_shared()
+
+    def release_shared(self) -> None:
+        """Give back the shared volumes that no running container has any more."""
+        with self._lock:
             for pool, driver in self._host.pools.opened():
                 with contextlib.suppress(SysctrError):
                     for volume in driver.active():
@@ -187,8 +192,7 @@ class Mounts:
         new = draft.config
         if in_force is None or new is None:
             return Followed()
-        before = {one.key: one for one in (*in_force.mounts, *in_force.devices)}
-        after = {one.key: one for one in (*new.mounts, *new.devices)}
+        before, after = _every(in_force), _every(new)
         done = [key for key in before if key in after and before[key] != after[key]
                 and _same(before[key], after[key])]  # fmt: skip
         notes = []
@@ -199,38 +203,38 @@ class Mounts:
             except SysctrError as error:
                 notes.append(error.message)
                 continue
-            undo.callback(self._mount, draft, [self._again(draft, one)])
+            undo.callback(self._mount, draft, one)
             done.append(one.key)
-        coming = []
-        for key, one in after.items():
-            if key in before:
-                continue
+        coming = [one for key, one in after.items() if key not in before]
+        for one in sorted(coming, key=lambda one: target_of(one).count("/")):
             below = [b.key for b in before.values() if target_of(b).startswith(f"{target_of(one)}/")]
             if below:
-                notes.append(f"cannot mount {key} now: it would hide {below[0]}")
-            else:
-                coming.append(self._place(draft, one) if isinstance(one, Mount) else Place(one))
-        if coming:
-            self._mount(draft, coming)
-            for place in coming:
-                undo.callback(self._unmount, draft, place.what)
-                done.append(place.what.key)
+                notes.append(f"cannot mount {one.key} in {draft.title} now: it would hide {below[0]}")
+                continue
+            self._mount(draft, one)
+            undo.callback(self._unmount, draft, one)
+            done.append(one.key)
         return Followed(tuple(done), tuple(notes))
 
-    def _again(self, record: Record, one: Mount | Device) -> Place:
-        return self._place(record, one) if isinstance(one, Mount) else Place(one)
-
-    def _mount(self, record: Record, places: "list[Place]") -> None:
-        plan = mount_plan(places, record.idmap_first)
-        where = ", ".join(target_of(place.what) for place in places)
-        self._change(record, plan, f"mount {where} in {record.title}")
+    def _mount(self, record: Record, one: Mount | Device) -> None:
+        place = self._place(record, one) if isinstance(one, Mount) else Place(one)
+        plan = mount_plan([place], record.idmap_first)
+        try:
+            self._change(record, plan, f"mount {target_of(one)} in {record.title}")
+        except SysctrError:
+            self._deactivate(record, one)
+            raise
 
     def _unmount(self, record: Record, one: Mount | Device) -> None:
         target = target_of(one)
-        try:
-            self._change(
-                record, MountPlan((), (), (), (Unmount(target),)), f"unmount {target} in {record.title}"
+        if self.mounted(record.id).count(target) > 1:
+            raise WrongState(
+                f"cannot unmount {target} in {record.title}: something else is mounted over it",
+                "unmount that inside, or restart the container",
             )
+        try:
+            off = Unmount(target, remove=isinstance(one, Device))
+            self._change(record, MountPlan((), (), (), (off,)), f"unmount {target} in {record.title}")
         except SysctrError as error:
             if os.strerror(errno.EBUSY).lower() not in error.message.lower():
                 raise
@@ -238,8 +242,9 @@ class Mounts:
                 f"cannot unmount {target} in {record.title}: it is busy",
                 "end what uses it inside, or restart the container",
             ) from error
-        if target in self.mounted(record.id):
-            raise WrongState(f"cannot unmount {target} in {record.title}: something else was mounted over it")
+        self._deactivate(record, one)
+
+    def _deactivate(self, record: Record, one: Mount | Device) -> None:
         if isinstance(one, Mount) and one.kind == "volume":
             volume = self.volume_of(record, one)
             volume.driver.deactivate(volume.name)
@@ -257,16 +262,16 @@ class Mounts:
         except SysctrError as error:
             raise SysctrError(f"cannot {doing}: {error.message}", error.hint) from error
 
-    def mounted(self, number: int) -> "set[str]":
-        """Return everything that is a mount point in a running container, as its init sees it."""
+    def mounted(self, number: int) -> "list[str]":
+        """Return every mount point of a running container as its init sees it, each as often as it is one."""
         live = self._host.live.running(number)
         if live is None:
-            return set()
+            return []
         try:
             with open(f"/proc/{live.pid}/mountinfo", "rb") as file:
-                return {_unescaped(line.split(b" ", 5)[4]) for line in file}
+                return [_unescaped(line.split(b" ", 5)[4]) for line in file]
         except OSError:
-            return set()
+            return []
 
     # Looking and removing
 
@@ -275,20 +280,18 @@ class Mounts:
         mounted = self.mounted(record.id)
         running = self._host.live.running(record.id) is not None
         in_force = _boot_config(record) if running else None
-        config = record.config
-        wanted = {one.key: one for one in (*config.mounts, *config.devices)} if config else {}
+        wanted = _every(record.config)
         shown = []
         for one in wanted.values():
             state = "" if not running else "mounted" if target_of(one) in mounted else "pending"
             shown.append({**self._facts(record, one), "state": state})
-        leaving = {one.key: one for one in (*in_force.mounts, *in_force.devices)} if in_force else {}
-        for key, one in leaving.items():
+        for key, one in _every(in_force).items():
             if key not in wanted and target_of(one) in mounted:
                 shown.append({**self._facts(record, one), "state": "leaving"})
-        names = {row["volume"] for row in shown}
-        blank = {"key": "", "kind": "volume", "target": "", "size_bytes": None, "options": []}
+        sources = {row["source"] for row in shown}
+        blank: dict[str, Any] = {"key": "", "kind": "volume", "target": "", "size_bytes": None, "options": []}
         for pool, volume, used in self._own_volumes(record):
-            if volume not in names:
+            if f"{pool}:{volume}" not in sources:
                 kept = {"volume": volume, "source": f"{pool}:{volume}", "used_bytes": used, "state": "kept"}
                 shown.append(blank | kept)
         return shown
@@ -302,7 +305,7 @@ class Mounts:
                         yield pool, volume, driver.usage(volume)
 
     def _facts(self, record: Record, one: Mount | Device) -> dict:
-        facts = {"key": one.key, "kind": one.kind, "target": target_of(one), "volume": "",
+        facts: dict[str, Any] = {"key": one.key, "kind": one.kind, "target": target_of(one), "volume": "",
                  "size_bytes": None, "used_bytes": None}  # fmt: skip
         if isinstance(one, Device):
             return {**facts, "source": one.path, "options": [f"mode={one.mode}"]}
@@ -318,18 +321,20 @@ class Mounts:
                 facts["used_bytes"] = self._host.pools.get(pool).usage(name)
         return facts
 
-    def changes_to_add(self, record: Record, line: object, *, device: bool = False) -> "dict[str, object]":
-        """Return the changes of the configuration that add a mount point or a device, under a free number."""
+    def changes_to_add(
+        self, record: Record, line: object, *, device: bool = False
+    ) -> "tuple[str, dict[str, Plain | None]]":
+        """Return a table with a free number, and the changes that make it this mount point or device."""
         config = record.usable("add a mount to")
         kind = "device" if device else "mount"
-        tables = {one.index: one for one in (config.devices if device else config.mounts)}
-        key = f"{kind}.{free_index(tables, HIGHEST_NUMBER)}"
+        taken = {one.index for one in _every(config).values() if one.key.startswith(f"{kind}.")}
+        key = f"{kind}.{free_index(taken, HIGHEST_NUMBER)}"
         changes = dict(schema.plain_changes({key: line}))
         names = {f"{key}.{name}" for name in ("source", "volume", "tmpfs", "name")}
         if not device and not any(changes.get(name) for name in names):
             # Not a name that would bring back what an earlier mount point left.
             changes[f"{key}.name"] = self._free_name(record)
-        return {"key": key, "changes": changes}
+        return key, changes
 
     def _free_name(self, record: Record) -> str:
         taken = {volume for _, volume, _ in self._own_volumes(record)}
@@ -337,41 +342,42 @@ class Mounts:
         number = next(n for n in range(len(taken) + 1) if f"{record.id}-disk{n}" not in taken)
         return f"disk{number}"
 
-    def find(self, record: Record, which: str) -> "Mount | Device | str":
+    def find(self, record: Record, which: str) -> "Mount | Device | Volume":
         """Return what a user means by a target, a number, a table's name, or the name of a kept volume."""
         config = record.usable("remove a mount from")
-        for one in (*config.mounts, *config.devices):
+        for one in _every(config).values():
             names = {target_of(one), one.key, *((str(one.index),) if isinstance(one, Mount) else ())}
             if which in names or which.rstrip("/") == target_of(one):
                 return one
-        for _, volume, _ in self._own_volumes(record):
-            if which in (volume, volume.partition("-")[2]):
-                used = {self._facts(record, one)["volume"] for one in config.mounts}
-                if volume not in used:
-                    return volume
+        used = {self._facts(record, one)["source"] for one in config.mounts}
+        for pool, volume, _ in self._own_volumes(record):
+            if which in (volume, volume.partition("-")[2]) and f"{pool}:{volume}" not in used:
+                return Volume(pool, self._host.pools.get(pool), volume)
         raise NotFound(
             f"cannot find the mount {which[:200]} of {record.title}: there is no such target or number",
             f"`sysctr mount list {record.id}` shows them",
         )
 
-    def discard(self, record: Record, volume: str) -> None:
-        """Delete a volume of the container's own that no mount point has."""
-        for pool in self._host.pools.names():
-            with contextlib.suppress(NotFound):
-                driver = self._host.pools.get(pool, f"delete the volume {volume}")
-                if driver.exists(volume):
-                    self._destroy(Volume(pool, driver, volume))
+    def discard(self, volume: Volume) -> None:
+        """Delete a volume that no mount point has any more, with all data in it."""
+        self._destroy(volume)
 
-    def refuse_shared(self, record: Record, mount: Mount) -> None:
-        """Raise Refused where another container has the shared volume in its configuration."""
+    def refuse_deletion(self, record: Record, mount: "Mount | Device | Volume") -> None:
+        """Raise Refused where the data of a mount point's volume is protected, or another one's too."""
+        if record.config is not None and record.config.protected:
+            raise Refused(
+                f"cannot delete a volume of {record.title}: it is protected",
+                f"`sysctr protect {record.id} --off` first",
+            )
+        if not isinstance(mount, Mount) or mount.kind != "shared":
+            return
         pool = mount.pool or record.pool
-        users = [
-            other.title
-            for other in self._host.store.list()
-            if other.id != record.id
-            and any(m.volume == mount.volume and (m.pool or other.pool) == pool
-                    for m in (*_of(other.config), *_of(_boot_config(other))))
-        ]  # fmt: skip
+        users = []
+        for other in self._host.store.list():
+            mounts = [m for m in (*_of(other.config), *_of(_boot_config(other)))
+                      if other.id != record.id or m.key != mount.key]  # fmt: skip
+            if any(m.volume == mount.volume and (m.pool or other.pool) == pool for m in mounts):
+                users.append(other.title)
         if users:
             raise Refused(
                 f"cannot delete the volume {mount.volume}: {', '.join(users)} has it too",
@@ -379,14 +385,14 @@ class Mounts:
             )
 
 
-def tables(config: schema.Container, keys: "tuple[str, ...]") -> "dict[str, object]":
+def tables(config: schema.Container, keys: "tuple[str, ...]") -> "dict[str, Plain | None]":
     """Return the changes that give a file these tables of mounts and devices as `config` has them."""
     dumped = schema.dump_config(config)
-    changes: dict[str, object] = {}
+    changes: dict[str, Plain | None] = {}
     for key in keys:
         kind, _, index = key.partition(".")
         changes[key] = None
-        given: Mapping[str, Mapping[str, object]] = dumped.get(kind, {})  # type: ignore[assignment]
+        given: Mapping[str, Mapping[str, Plain]] = dumped.get(kind, {})  # type: ignore[assignment]
         changes |= {f"{key}.{name}": value for name, value in given.get(index, {}).items()}
     return changes
 
@@ -400,6 +406,11 @@ def _same(old: "Mount | Device | None", new: "Mount | Device") -> bool:
     return dataclasses.replace(old, backup=True, size_bytes=None) == dataclasses.replace(
         new, backup=True, size_bytes=None
     )
+
+
+def _every(config: schema.Container | None) -> "dict[str, Mount | Device]":
+    every: tuple[Mount | Device, ...] = (*config.mounts, *config.devices) if config is not None else ()
+    return {one.key: one for one in every}
 
 
 def _of(config: schema.Container | None) -> tuple[Mount, ...]:

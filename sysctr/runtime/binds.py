@@ -125,9 +125,9 @@ def _open_source(source: str) -> int:
     try:
         resolve = path.RESOLVE_NO_SYMLINKS | path.RESOLVE_NO_MAGICLINKS
         source_fd = path.openat2(mount.AT_FDCWD, source, os.O_PATH, resolve)
-    except FileNotFoundError:
-        raise ValueError(f"{source} does not exist") from None
-    except OSError as error:
+    except KernelError as error:
+        if error.errno == errno.ENOENT:
+            raise ValueError(f"{source} does not exist") from None
         if error.errno != errno.ELOOP:
             raise
         raise ValueError(f"{_first_link(source)} is a symlink: name what it points to") from None

@@ -100,9 +100,13 @@ class MountTree(Step):
 
 
 class Unmount(Step):
-    """What is mounted on a path of the root taken off; nothing mounted there is fine."""
+    """What is mounted on a path of the root taken off; nothing mounted there is fine.
+
+    With `remove` the empty file that a device was mounted on goes too.
+    """
 
     target: str
+    remove: bool = False
 
     def describe(self) -> str:
         return f"unmount {self.target}"
@@ -111,9 +115,11 @@ class Unmount(Step):
         parent, _, name = self.target.rpartition("/")
         try:
             parent_fd = path.open_without_links(context.root_fd, parent, os.O_PATH | os.O_DIRECTORY)
-        except FileNotFoundError:
-            return
-        # By its name in a directory that is held: a descriptor of the mount itself would keep it busy.
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise
+        # By its name in the working directory: a descriptor of the mount itself would keep it busy.
         os.fchdir(parent_fd)
         os.close(parent_fd)
         try:
@@ -122,13 +128,21 @@ class Unmount(Step):
             # Not a mount point, or nothing at all: its root took it off already.
             if error.errno not in (errno.EINVAL, errno.ENOENT):
                 raise
-        finally:
-            os.chdir("/")
+        if self.remove:
+            _remove_empty(name)
+        os.chdir("/")
+
+
+def _remove_empty(name: str) -> None:
+    try:
+        status = os.lstat(name)
+        if stat.S_ISREG(status.st_mode) and not status.st_size:
+            os.unlink(name)
+    except OSError:
+        pass  # its root did something else with it
 
 
 def _explained(error: OSError, target: str) -> Exception:
-    reasons = {
-        errno.ELOOP: f"{target} is a symlink there, or one is on the way to it",
-        errno.ENOTDIR: f"{target} is no directory there, or a file is on the way to it",
-    }
-    return ValueError(reasons[error.errno]) if error.errno in reasons else error
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        return ValueError(f"a symlink or a file is in the way of {target}")
+    return error

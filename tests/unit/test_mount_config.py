@@ -170,6 +170,6 @@ def test_a_maps_one_spelling_stays(items: list[tuple[str, int, int]]) -> None:
 
 
 def test_the_lowest_free_number_is_taken() -> None:
-    assert mounts.free_index({0: 0, 2: 0}, 31) == 1
+    assert mounts.free_index({0, 2}, 31) == 1
     with pytest.raises(ConfigError, match="32 are the most"):
-        mounts.free_index(dict.fromkeys(range(32)), 31)
+        mounts.free_index(range(32), 31)
