@@ -1,7 +1,7 @@
 """Copies and merges of what containers wrote, each in a job with the container's ids and no others."""
 
+import contextlib
 import math
-import os
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -69,19 +69,21 @@ class TreeWorker:
         self._task = task
         # By target: which directories the source had, and which inodes they were.
         self._seen: dict[str, IO[bytes]] = {}
+        # Whether there will be a second copy is not known at the first.
+        self._files = contextlib.ExitStack()
+        weakref.finalize(self, self._files.close)
 
     def copy(self, source: RootSpec, target: str, *, changed_since_s: float | None = None) -> None:
         """Make the directory `target` a copy of `source`, or bring an earlier copy up to date."""
         if changed_since_s is not None:
-            with self._seen.pop(target, None) or _unnamed_file(target) as seen:
+            with self._seen.pop(target, None) or tempfile.TemporaryFile() as seen:
                 seen.seek(0)
                 # The clock that file systems use lags behind by up to a tick.
                 since = str(math.floor(changed_since_s) - 1)
                 self._run(("sh", "-c", _UPDATE, "update", since), source, target, stdin_fd=seen.fileno())
             return
-        seen = _unnamed_file(target)
-        # Whether there will be a second copy is not known here.
-        weakref.finalize(self, seen.close)
+        # Not beside the target: an image in which a file is open cannot be unmounted.
+        seen = self._files.enter_context(tempfile.TemporaryFile())
         self._run(("sh", "-c", _COPY), source, target, stdout_fd=seen.fileno())
         self._seen[target] = seen
         if not source.lowers:
@@ -108,8 +110,3 @@ class TreeWorker:
             raise NoSpace(f"cannot copy files: no space left on {target}")
         if status:
             raise SysctrError(f"cannot copy files: the job ended with {status}", "the task's log says why")
-
-
-def _unnamed_file(target: str) -> IO[bytes]:
-    # Not in memory: a tree may have a million directories. Beside the tree is no place that a job sees.
-    return tempfile.TemporaryFile(dir=os.path.dirname(target))

@@ -77,11 +77,15 @@ def _replace(old_fd: int, new_fd: int) -> int:
 
 
 class _Level:
-    """A directory being made: which layers have it, by number, and which directories in it are to come."""
+    """A directory being made: which layers have it, by number, and which directories in it are to come.
 
-    def __init__(self, layers: "list[int]", opaque: bool) -> None:
+    In one that is `covered` nothing shows from below the run, because it or one above it is opaque.
+    """
+
+    def __init__(self, layers: "list[int]", opaque: bool, covered: bool) -> None:
         self.layers = layers
         self.opaque = opaque
+        self.covered = covered
         self.waiting: list[tuple[str, list[int], bool]] = []
 
 
@@ -91,8 +95,9 @@ def union(layers: "list[int]", target_fd: int) -> None:
     A layer that has no part in a directory waits, open, at the last one that it had a part in; the others go
     down with the walk and come back by "..". So there is one descriptor of each, however deep they go.
     """
-    levels = [_Level(list(range(len(layers))), False)]
-    _fill(levels[0], layers, target_fd)
+    levels = [_Level(list(range(len(layers))), False, False)]
+    copies: dict[tuple[int, int], int] = {}
+    _fill(levels[0], layers, target_fd, copies)
     while levels:
         level = levels[-1]
         if level.waiting:
@@ -101,8 +106,8 @@ def union(layers: "list[int]", target_fd: int) -> None:
             target_fd = _replace(target_fd, os.open(name, _DIRECTORY, dir_fd=target_fd))
             for number in members:
                 layers[number] = _replace(layers[number], os.open(name, _DIRECTORY, dir_fd=layers[number]))
-            levels.append(_Level(members, opaque))
-            _fill(levels[-1], layers, target_fd)
+            levels.append(_Level(members, opaque, opaque or level.covered))
+            _fill(levels[-1], layers, target_fd, copies)
             continue
         # Last, because linking files into it changes its times, and it may be one that nobody may write to.
         copy_attributes(layers[level.layers[0]], target_fd)
@@ -113,11 +118,11 @@ def union(layers: "list[int]", target_fd: int) -> None:
             target_fd = _replace(target_fd, os.open("..", _DIRECTORY, dir_fd=target_fd))
             for number in level.layers:
                 layers[number] = _replace(layers[number], os.open("..", _DIRECTORY, dir_fd=layers[number]))
-    for fd in (*layers, target_fd):
+    for fd in (*layers, target_fd, *copies.values()):
         os.close(fd)
 
 
-def _fill(level: _Level, layers: "list[int]", target_fd: int) -> None:
+def _fill(level: _Level, layers: "list[int]", target_fd: int, copies: "dict[tuple[int, int], int]") -> None:
     """Link what the level's layers have in their directory, and note the directories that are to come."""
     decided = {}  # name: None, or the layers that have it as a directory, and whether the search has ended
     for number in level.layers:
@@ -137,7 +142,9 @@ def _fill(level: _Level, layers: "list[int]", target_fd: int) -> None:
                 decided[name] = (found[0], True)
             else:
                 decided[name] = None
-                _link(layers[number], name, status, target_fd)
+                # The kernel shows the names of whiteouts where nothing is below that they could hide.
+                if not (level.covered and _is_whiteout(status)):
+                    _link(layers[number], name, status, target_fd, copies)
     level.waiting = [(name, *found) for name, found in decided.items() if found]
 
 
@@ -153,40 +160,51 @@ def _is_opaque(directory_fd: int, name: str) -> bool:
         os.close(child_fd)
 
 
-def _link(source_fd: int, name: str, status: os.stat_result, target_fd: int) -> None:
+def _is_whiteout(status: os.stat_result) -> bool:
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == WHITEOUT
+
+
+def _link(
+    source_fd: int, name: str, status: os.stat_result, target_fd: int, copies: "dict[tuple[int, int], int]"
+) -> None:
+    """Link a thing that is no directory, or its copy where it has all the names already that it can have."""
+    file = (status.st_dev, status.st_ino)
     try:
-        os.link(name, name, src_dir_fd=source_fd, dst_dir_fd=target_fd, follow_symlinks=False)
+        if file in copies:
+            os.link(f"/proc/self/fd/{copies[file]}", name, dst_dir_fd=target_fd, follow_symlinks=True)
+        else:
+            os.link(name, name, src_dir_fd=source_fd, dst_dir_fd=target_fd, follow_symlinks=False)
     except OSError as error:
         if error.errno != errno.EMLINK:  # ext4 has 65000 links to a file, and all whiteouts may be one
             raise
         _duplicate(source_fd, name, status, target_fd)
+        if file in copies:
+            os.close(copies[file])
+        copies[file] = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=target_fd)
 
 
 def _duplicate(source_fd: int, name: str, status: os.stat_result, target_fd: int) -> None:
     """Copy one thing that is no directory."""
+    if stat.S_ISREG(status.st_mode):
+        old_fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source_fd)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        new_fd = os.open(name, flags, 0o600, dir_fd=target_fd)
+        while data := os.read(old_fd, _CHUNK_BYTES):
+            view = memoryview(data)
+            while view:
+                view = view[os.write(new_fd, view) :]
+        copy_attributes(old_fd, new_fd)
+        os.close(old_fd)
+        os.close(new_fd)
+        return
     if stat.S_ISLNK(status.st_mode):
         os.symlink(os.readlink(name, dir_fd=source_fd), name, dir_fd=target_fd)
-        os.chown(name, status.st_uid, status.st_gid, dir_fd=target_fd, follow_symlinks=False)
-        times = (status.st_atime_ns, status.st_mtime_ns)
-        os.utime(name, ns=times, dir_fd=target_fd, follow_symlinks=False)
-        return
-    if not stat.S_ISREG(status.st_mode):
+    else:
         os.mknod(name, status.st_mode, status.st_rdev, dir_fd=target_fd)
-        os.chown(name, status.st_uid, status.st_gid, dir_fd=target_fd, follow_symlinks=False)
-        if status.st_rdev != WHITEOUT or not stat.S_ISCHR(status.st_mode):
-            os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=target_fd)
-        os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=target_fd, follow_symlinks=False)
-        return
-    old_fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source_fd)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    new_fd = os.open(name, flags, 0o600, dir_fd=target_fd)
-    while data := os.read(old_fd, _CHUNK_BYTES):
-        view = memoryview(data)
-        while view:
-            view = view[os.write(new_fd, view) :]
-    copy_attributes(old_fd, new_fd)
-    os.close(old_fd)
-    os.close(new_fd)
+    os.chown(name, status.st_uid, status.st_gid, dir_fd=target_fd, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode) and not _is_whiteout(status):
+        os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=target_fd)
+    os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=target_fd, follow_symlinks=False)
 
 
 def copy_attributes(source_fd: int, target_fd: int) -> None:

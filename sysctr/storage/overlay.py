@@ -217,6 +217,7 @@ class OverlayDriver:
     def _new_snapshot(
         self, volume: str, name: str, note: Mapping[str, Any], record: VolumeRecord, layers: tuple[str, ...]
     ) -> SnapshotRecord:
+        self.records.check_new_snapshot(volume, name)
         fields = {"layers": list(layers), "limit_bytes": record.size_bytes}
         return self.records.new_snapshot(volume, name, note, fields)
 

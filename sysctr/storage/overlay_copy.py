@@ -14,6 +14,8 @@ from sysctr.storage.base import Pause, Worker
 from sysctr.storage.overlay_layers import Chain, Layers
 from sysctr.storage.volumes import VolumeRecord
 
+_RELEASE_TIMEOUT_S = 10.0
+
 
 def mib(size_bytes: int) -> str:
     """Return a size as the errors say it.
@@ -253,6 +255,7 @@ def grow(layers: Layers, volume: str, size_bytes: int) -> None:
     except Refused:
         if volume in layers.active.volumes():
             raise
+        _wait_until_released(layers, volume, f"grow volume {volume}")
         images.grow(image, None, size_bytes)
     fault.point("overlay.resize.grown")
     with layers.records.lock:
@@ -267,8 +270,7 @@ def shrink(layers: Layers, volume: str, doing: str, size_bytes: int) -> None:
     copy = f"{records.path(volume)}/{tree.hidden_name('new', 'disk')}"
     with records.explained(doing), contextlib.ExitStack() as undo:
         undo.callback(_remove_file, copy)
-        if images.held(layers.disks.image(volume)):
-            raise WrongState(f"cannot {doing}: its disk is in use")
+        _wait_until_released(layers, volume, doing)
         images.copy(layers.disks.image(volume), copy)
         try:
             images.shrink(copy, size_bytes)
@@ -281,6 +283,15 @@ def shrink(layers: Layers, volume: str, doing: str, size_bytes: int) -> None:
             tree.sync_directory(records.path(volume))
             fault.point("overlay.resize.placed")
             records.write(volume, replace(records.read(volume), size_bytes=size_bytes))
+
+
+def _wait_until_released(layers: Layers, volume: str, doing: str) -> None:
+    """Wait until nobody holds an image that is unmounted here: the namespace of a job ends after the job."""
+    deadline_s = time.monotonic() + _RELEASE_TIMEOUT_S
+    while images.held(layers.disks.image(volume)):
+        if time.monotonic() > deadline_s:
+            raise WrongState(f"cannot {doing}: its disk is in use")
+        time.sleep(0.02)
 
 
 def _remove_file(path: str) -> None:

@@ -1,111 +1,100 @@
-"""The overlay driver on real file systems: full, read-only, split; and what a mounted volume shows."""
+"""The overlay driver on real file systems: full, read-only, split; what is kept of what runs; limits."""
 
+import contextlib
+import mmap
 import os
+import shutil
+import socket
 import stat
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from sysctr.engine.trees import TreeWorker
 from sysctr.errors import NoSpace, Refused, SysctrError
 from sysctr.linux.mount import MNT_DETACH, MS_BIND, MS_RDONLY, MS_REMOUNT, mount, umount2
+from sysctr.runtime.layers import MARKS
+from sysctr.storage.base import Base, RootSpec
 from sysctr.storage.overlay import OverlayDriver
-from tests.disk import small_disk
+from tests import storage
+from tests.disk import fill, fill_inodes, small_disk
+from tests.storage import MIB, Pool
+from tests.trees import describe, difference
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel, pytest.mark.needs("loop")]
 
 
 @pytest.fixture
-def pool(tmp_path) -> Iterator[str]:
+def small_pool(tmp_path) -> Iterator[str]:
     """A pool on a file system of its own: 4 MiB, so that it can be filled."""
     path = str(tmp_path / "pool")
     os.mkdir(path)
-    with small_disk(path, 4096):
+    with small_disk(path, 4096, "-N", "64"):
         yield path
-
-
-def prepared(pool: str) -> OverlayDriver:
-    driver = OverlayDriver(pool)
-    driver.prepare()
-    os.makedirs(f"{driver.layers}/base/rootfs/etc")
-    return driver
-
-
-def fill(pool: str) -> None:
-    with open(f"{pool}/filler", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
-
-
-def fill_inodes(directory: str) -> None:
-    try:
-        for number in range(100_000):
-            open(f"{directory}/{number}", "x").close()
-    except OSError:
-        pass
 
 
 @pytest.fixture
-def small_pool(tmp_path) -> Iterator[str]:
-    """A pool that can hold few files."""
-    path = str(tmp_path / "pool")
-    os.mkdir(path)
-    with small_disk(path, 4096, "-N", "48"):
-        yield path
+def pool(tmp_path, jobs) -> Iterator[Pool]:
+    """A pool of 320 MiB with a template and real jobs."""
+    with storage.pool("overlay", str(tmp_path), jobs) as made:
+        yield made
 
 
-def test_on_a_full_disk_nothing_is_made_and_everything_can_be_destroyed(pool) -> None:
-    driver = prepared(pool)
-    driver.create("101", ("base",))
-    with open(f"{driver.volumes}/101/upper/data", "wb") as file:
-        file.write(bytes(1024 * 1024))
-    fill(pool)
+def prepared(pool: str) -> OverlayDriver:
+    driver = OverlayDriver(pool, f"{pool}.run")
+    driver.prepare()
+    os.makedirs(f"{driver.directory}/layers/base/rootfs/etc")
+    return driver
+
+
+def create(driver: OverlayDriver, jobs, volume: str = "101") -> None:
+    driver.create(volume, Base("base", f"{driver.directory}/layers/base/rootfs"), TreeWorker(jobs))
+
+
+def upper(driver: OverlayDriver, volume: str = "101") -> str:
+    chain = driver.layers.chain(volume, driver.records.read(volume))
+    return f"{driver.layers.path(volume, chain.upper)}/rootfs"
+
+
+@pytest.mark.parametrize("filled", [fill, fill_inodes])
+def test_on_a_full_disk_nothing_is_made_and_everything_can_be_destroyed(small_pool, jobs, filled) -> None:
+    driver = prepared(small_pool)
+    create(driver, jobs)
+    filled(upper(driver))
     with pytest.raises(NoSpace, match="no space left"):
-        driver.create("102", ("base",))
-    assert os.listdir(driver.volumes) == ["101"]
+        create(driver, jobs, "102")
+    assert os.listdir(driver.records.directory) == ["101"]
     driver.destroy("101")
     driver.empty_trash()
-    driver.create("102", ("base",))
+    create(driver, jobs, "102")
     assert driver.list() == ["102"]
 
 
-def test_without_inodes_nothing_is_made_and_everything_can_be_destroyed(small_pool) -> None:
+def test_a_read_only_pool_is_named(small_pool, jobs) -> None:
     driver = prepared(small_pool)
-    driver.create("101", ("base",))
-    fill_inodes(f"{driver.volumes}/101/upper")
-    with pytest.raises(NoSpace, match="no space left"):
-        driver.create("102", ("base",))
-    assert os.listdir(driver.volumes) == ["101"]
-    driver.destroy("101")
-    driver.empty_trash()
-    driver.create("102", ("base",))
-
-
-def test_a_read_only_pool_is_named(pool) -> None:
-    driver = prepared(pool)
-    driver.create("101", ("base",))
-    mount("none", pool, None, MS_REMOUNT | MS_RDONLY)
-    for action in (lambda: driver.create("102", ("base",)), lambda: driver.destroy("101"), driver.prepare):
+    create(driver, jobs)
+    mount("none", small_pool, None, MS_REMOUNT | MS_RDONLY)
+    for action in (lambda: create(driver, jobs, "102"), lambda: driver.destroy("101"), driver.prepare):
         with pytest.raises(Refused) as caught:
             action()
-        assert pool in caught.value.message
+        assert small_pool in caught.value.message
         assert "read-only" in caught.value.message
     assert driver.list() == ["101"]
 
 
-def test_a_pool_over_two_file_systems_is_refused(pool) -> None:
-    driver = prepared(pool)
-    mount("tmpfs", driver.volumes, "tmpfs", 0, "size=1m,mode=0700")
+def test_a_pool_over_two_file_systems_is_refused(small_pool) -> None:
+    driver = prepared(small_pool)
+    uppers = f"{driver.directory}/uppers"
+    mount("tmpfs", uppers, "tmpfs", 0, "size=1m,mode=0700")
     try:
         with pytest.raises(Refused, match="another file system"):
             driver.prepare()
     finally:
-        umount2(driver.volumes)
+        umount2(uppers)
 
 
 def test_a_pool_without_extended_attributes_is_refused(tmp_path) -> None:
@@ -115,82 +104,406 @@ def test_a_pool_without_extended_attributes_is_refused(tmp_path) -> None:
     mount("ramfs", path, "ramfs", 0, None)
     try:
         with pytest.raises(Refused, match="extended attributes"):
-            OverlayDriver(path).prepare()
+            OverlayDriver(path, f"{path}.run").prepare()
         assert os.listdir(f"{path}/volumes") == []
     finally:
         umount2(path, MNT_DETACH)
 
 
-def test_what_is_mounted_in_a_thrown_away_tree_survives(pool, tmp_path) -> None:
-    driver = prepared(pool)
-    driver.create("101", ("base",))
+def test_what_is_mounted_in_a_thrown_away_tree_survives(small_pool, jobs, tmp_path) -> None:
+    driver = prepared(small_pool)
+    create(driver, jobs)
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("kept")
-    target = f"{driver.volumes}/101/upper/mnt"
+    target = f"{upper(driver)}/mnt"
     os.mkdir(target)
     mount(str(precious), target, None, MS_BIND)
     driver.destroy("101")
     driver.empty_trash()
     assert (precious / "file").read_text() == "kept"
-    (thrown,) = os.listdir(driver.trash.directory)
-    umount2(f"{driver.trash.directory}/{thrown}/upper/mnt")
+    (thrown,) = os.listdir(f"{small_pool}/.trash")
+    umount2(f"{small_pool}/.trash/{thrown}/rootfs/mnt")
     driver.empty_trash()
-    assert os.listdir(driver.trash.directory) == []
+    assert os.listdir(f"{small_pool}/.trash") == []
 
 
 def test_a_container_writes_to_its_upper_with_its_own_ids_and_never_to_the_layer(layout, jobs) -> None:
     driver = prepared(layout.pool)
-    with open(f"{driver.layers}/base/rootfs/etc/hosts", "w") as file:
-        file.write("from the template\n")
-    driver.create("101", ("base",))
-    driver.create("102", ("base",))
+    base = f"{driver.directory}/layers/base/rootfs"
+    Path(base, "etc/hosts").write_text("from the template\n")
+    create(driver, jobs)
+    create(driver, jobs, "102")
     program = {
         "builtin": "setup",
         "append": [{"path": "/etc/hosts", "line": "mine", "mode": 0o644}],
         "files": [{"path": "/root/new", "text": "x", "mode": 0o600}],
     }
-    jobs.run_builtin(101, driver.mount_spec("101"), program)
-    upper = f"{driver.volumes}/101/upper"
-    with open(f"{upper}/etc/hosts") as file:
-        assert file.read() == "from the template\nmine\n"
-    status = os.stat(f"{upper}/root/new")
+    jobs.run_builtin(101, driver.activate("101"), program)
+    assert Path(upper(driver), "etc/hosts").read_text() == "from the template\nmine\n"
+    status = os.stat(f"{upper(driver)}/root/new")
     assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, 0, 0o600)
-    with open(f"{driver.layers}/base/rootfs/etc/hosts") as file:
-        assert file.read() == "from the template\n"
-    assert os.listdir(f"{driver.volumes}/102/upper") == []
+    assert Path(base, "etc/hosts").read_text() == "from the template\n"
+    assert os.listdir(upper(driver, "102")) == []
 
 
-def test_two_layers_show_the_upper_one_first(layout, jobs) -> None:
+def test_a_container_sees_its_newest_layer_first(layout, jobs) -> None:
     driver = prepared(layout.pool)
-    os.makedirs(f"{driver.layers}/top/rootfs/etc")
-    for layer in ("base", "top"):
-        with open(f"{driver.layers}/{layer}/rootfs/etc/which", "w") as file:
-            file.write(f"{layer}\n")
-    driver.create("101", ("top", "base"))
-    # Appending copies the file up, and with it the text of the layer that is seen.
-    program = {"builtin": "setup", "append": [{"path": "/etc/which", "line": "seen", "mode": 0o644}]}
-    jobs.run_builtin(101, driver.mount_spec("101"), program)
-    with open(f"{driver.volumes}/101/upper/etc/which") as file:
-        assert file.read() == "top\nseen\n"
+    create(driver, jobs)
+    worker = TreeWorker(jobs)
+    for number in range(3):
+        program = {"builtin": "setup", "append": [{"path": "/etc/log", "line": f"{number}", "mode": 0o644}]}
+        jobs.run_builtin(101, driver.activate("101"), program)
+        driver.deactivate("101")
+        driver.snapshot("101", f"s{number}", {}, worker)
+    driver.compact("101", worker)
+    program = {"builtin": "setup", "append": [{"path": "/etc/log", "line": "last", "mode": 0o644}]}
+    jobs.run_builtin(101, driver.activate("101"), program)
+    assert Path(upper(driver), "etc/log").read_text() == "0\n1\n2\nlast\n"
 
 
-def test_a_destroyed_volume_leaves_no_thread_that_measures_it(pool) -> None:
-    driver = prepared(pool)
-    driver.create("101", ("base",))
+def test_a_destroyed_volume_leaves_no_thread_that_measures_it(small_pool, jobs) -> None:
+    driver = prepared(small_pool)
+    create(driver, jobs)
     driver.usage("101")
     driver.destroy("101")
     wait_until(lambda: all(thread.name != "volume-sizes" for thread in threading.enumerate()))
 
 
-def test_a_setuid_file_in_an_upper_is_out_of_reach_of_the_hosts_users(layout) -> None:
+def test_a_setuid_file_in_an_upper_is_out_of_reach_of_the_hosts_users(layout, jobs) -> None:
     driver = prepared(layout.pool)
-    driver.create("101", ("base",))
-    path = f"{driver.volumes}/101/upper/su"
-    with open(path, "wb") as file:
-        file.write(b"#!/bin/sh\n")
+    create(driver, jobs)
+    path = f"{upper(driver)}/su"
+    Path(path).write_bytes(b"#!/bin/sh\n")
     os.chmod(path, 0o4755)
     argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "test", "-e", path]
     assert subprocess.run(argv, check=False).returncode == 1
+
+
+# What runs.
+
+
+class Between:
+    """A worker that lets things happen before and after the first copy."""
+
+    def __init__(self, worker: TreeWorker) -> None:
+        self._worker = worker
+        self.before = self.after = lambda: None
+
+    def copy(self, source: RootSpec, target: str, *, changed_since_s: float | None = None) -> None:
+        if changed_since_s is None:
+            self.before()
+        self._worker.copy(source, target, changed_since_s=changed_since_s)
+        if changed_since_s is None:
+            self.after()
+
+    def merge(self, directory, layers, target) -> None:
+        self._worker.merge(directory, layers, target)
+
+
+def everything(root: str) -> None:
+    """Fill an upper with all that can be in one."""
+    for name in ("plain", "new\nline", "n" * 255, "-rf", "two words"):
+        Path(root, name).write_text(name)
+    os.mkdir(f"{root}/dir")
+    os.chmod(f"{root}/dir", 0o2750)
+    subprocess.run(["setfacl", "-m", "u:33:rwx,d:u:34:rx", f"{root}/dir"], check=True)
+    Path(root, "dir/ping").write_bytes(b"x")
+    subprocess.run(["setcap", "cap_net_raw+ep", f"{root}/dir/ping"], check=True)
+    Path(root, "owned").write_bytes(b"y")
+    os.chown(f"{root}/owned", 1000, 65535)
+    os.chmod(f"{root}/owned", 0o6711)
+    os.link(f"{root}/owned", f"{root}/dir/other name")
+    with open(f"{root}/holes", "wb") as file:
+        file.truncate(200 * MIB)
+        file.seek(100 * MIB)
+        file.write(b"in the middle")
+    os.setxattr(f"{root}/plain", "user.mine", bytes(range(256)))
+    os.symlink("/etc/shadow", f"{root}/link")
+    os.mkfifo(f"{root}/pipe", 0o620)
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(root):
+        listener.bind("socket")
+    os.mknod(f"{root}/gone", 0o20000, 0)
+    os.mkdir(f"{root}/opaque")
+    os.setxattr(f"{root}/opaque", "user.overlay.opaque", b"y")
+    for mark in MARKS:
+        os.setxattr(f"{root}/dir", mark, b"\0")
+        os.setxattr(f"{root}/plain", mark, b"\0")
+    os.utime(f"{root}/plain", ns=(3, 1_000_000_000_000_000_007))
+
+
+def kept(driver: OverlayDriver, name: str = "one") -> str:
+    layer = driver.layers.kept("101", driver.records.snapshot("101", name))[0]
+    return f"{driver.layers.path('101', layer)}/rootfs"
+
+
+def assert_same(driver: OverlayDriver) -> None:
+    assert difference(describe(upper(driver), without=MARKS), describe(kept(driver))) == {}
+
+
+def test_what_runs_is_kept_with_everything_that_can_be_in_it(pool) -> None:
+    pool.create("101")
+    pool.driver.activate("101")
+    root = upper(pool.driver)
+    everything(root)
+    pool.driver.snapshot("101", "one", {}, pool.worker, contextlib.nullcontext)
+    assert_same(pool.driver)
+    assert os.stat(f"{kept(pool.driver)}/holes").st_blocks * 512 < MIB
+    # And the volume goes on with the upper it had.
+    assert upper(pool.driver) == root
+
+
+def change_everything(root: str) -> None:
+    """Do what a container may do while its files are copied."""
+    os.unlink(f"{root}/new\nline")
+    os.rename(f"{root}/plain", f"{root}/dir/plain")
+    os.mkdir(f"{root}/plain")
+    Path(root, "plain/inside").write_text("a directory now")
+    shutil.rmtree(f"{root}/opaque")
+    Path(root, "opaque").write_text("a file now")
+    os.unlink(f"{root}/dir/other name")
+    os.link(f"{root}/holes", f"{root}/dir/other name")
+    os.chmod(f"{root}/two words", 0o600)
+    subprocess.run(["setfacl", "-b", f"{root}/dir"], check=True)
+    subprocess.run(["setcap", "-r", f"{root}/dir/ping"], check=True)
+    os.unlink(f"{root}/gone")
+    Path(root, "gone").write_text("here again")
+    os.mknod(f"{root}/dir/newly gone", 0o20000, 0)
+    os.mkdir(f"{root}/dir/new")
+    os.setxattr(f"{root}/dir/new", "user.overlay.opaque", b"y")
+    os.unlink(f"{root}/link")
+    os.symlink("elsewhere", f"{root}/link")
+    os.mkfifo(f"{root}/another pipe")
+
+
+def test_what_changes_while_it_is_copied_is_kept_as_it_is_in_the_pause(pool) -> None:
+    pool.create("101")
+    pool.driver.activate("101")
+    root = upper(pool.driver)
+    everything(root)
+    worker = Between(pool.worker)
+    worker.after = lambda: change_everything(root)
+    pool.driver.snapshot("101", "one", {}, worker, contextlib.nullcontext)
+    assert_same(pool.driver)
+
+
+def test_pages_written_again_are_kept_though_no_time_of_their_file_changes(pool) -> None:
+    pool.create("101")
+    pool.driver.activate("101")
+    root = upper(pool.driver)
+    files = {}
+    for name in ("before", "during"):
+        Path(root, name).write_bytes(bytes(8192))
+        file_fd = os.open(f"{root}/{name}", os.O_RDWR)
+        files[name] = mmap.mmap(file_fd, 8192)
+        os.close(file_fd)
+    # Dirty before all begins.
+    files["before"][0:5] = b"early"
+    worker = Between(pool.worker)
+
+    def dirty() -> None:
+        files["during"][0:5] = b"early"
+
+    times = []
+
+    def again() -> None:
+        times.append(os.stat(f"{root}/during").st_mtime_ns)
+        for mapping in files.values():
+            mapping[4096:4100] = b"late"
+            mapping[0:5] = b"late!"
+
+    worker.before, worker.after = dirty, again
+    pool.driver.snapshot("101", "one", {}, worker, contextlib.nullcontext)
+    # The first page of this one stayed dirty: writing to it again left the time alone, at least once.
+    assert times
+    for name in files:
+        assert Path(kept(pool.driver), name).read_bytes()[:5] == b"late!", name
+        assert Path(kept(pool.driver), name).read_bytes()[4096:4100] == b"late", name
+    assert_same(pool.driver)
+    for mapping in files.values():
+        mapping.close()
+
+
+def test_files_whose_size_and_time_say_nothing_are_kept_as_they_are(pool) -> None:
+    pool.create("101")
+    pool.driver.activate("101")
+    root = upper(pool.driver)
+    for directory in ("old", "new"):
+        os.makedirs(f"{root}/{directory}/deep")
+        for path in ("file", "deep/file"):
+            Path(root, directory, path).write_text(directory)
+            os.utime(f"{root}/{directory}/{path}", ns=(1, 1))
+    Path(root, "back").write_text("one")
+    os.utime(f"{root}/back", ns=(1, 1))
+    # So that none of it has changed in the second in which the copy begins.
+    began_s = os.stat(f"{root}/back").st_ctime
+    wait_until(lambda: _now_s(root) > began_s + 3, 10)
+
+    def swap() -> None:
+        os.rename(f"{root}/old", f"{root}/other")
+        os.rename(f"{root}/new", f"{root}/old")
+        os.rename(f"{root}/other", f"{root}/new")
+        Path(root, "back").write_text("two")
+        os.utime(f"{root}/back", ns=(1, 1))
+
+    worker = Between(pool.worker)
+    worker.after = swap
+    pool.driver.snapshot("101", "one", {}, worker, contextlib.nullcontext)
+    assert Path(kept(pool.driver), "old/deep/file").read_text() == "new"
+    assert_same(pool.driver)
+
+
+def _now_s(root: str) -> float:
+    Path(root, "clock").write_text("")
+    return os.stat(f"{root}/clock").st_ctime
+
+
+def test_files_that_come_and_go_do_not_stop_a_copy(pool) -> None:
+    pool.create("101")
+    pool.driver.activate("101")
+    root = upper(pool.driver)
+    os.mkdir(f"{root}/busy")
+    stopped = threading.Event()
+
+    def churn() -> None:
+        number = 0
+        while not stopped.is_set():
+            number += 1
+            Path(root, f"busy/{number}").write_text("x" * 100)
+            if number > 200:
+                os.unlink(f"{root}/busy/{number - 200}")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+
+    @contextlib.contextmanager
+    def pause() -> Iterator[None]:
+        stopped.set()
+        thread.join()
+        yield
+
+    try:
+        pool.driver.snapshot("101", "one", {}, pool.worker, pause)
+    finally:
+        stopped.set()
+        thread.join()
+    assert_same(pool.driver)
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing(pool) -> None:
+    pool.create("101")
+    pool.driver.activate("101")
+    root = upper(pool.driver)
+    Path(root, "large").write_bytes(os.urandom(200 * MIB))
+    with pytest.raises(NoSpace):
+        pool.driver.snapshot("101", "one", {}, pool.worker, contextlib.nullcontext)
+    assert pool.driver.snapshots("101") == []
+    assert len(os.listdir(f"{pool.directory}/uppers")) == 1
+    assert os.stat(f"{root}/large").st_size == 200 * MIB
+
+
+# Limits.
+
+
+def test_a_limit_comes_and_goes_with_all_that_is_there(pool) -> None:
+    pool.create("101")
+    everything(upper(pool.driver))
+    pool.snapshot("101", "free")
+    pool.write("101", "later", "x")
+    with pool.driver.opened("101") as view, storage.shown(view) as root:
+        wanted = describe(root)
+    pool.driver.resize("101", 64 * MIB, pool.worker)
+    assert pool.driver.size("101") == 64 * MIB
+    with pool.driver.opened("101") as view, storage.shown(view) as root:
+        assert difference(wanted, describe(root)) == {}
+    with pool.opened("101") as root, pytest.raises(OSError, match="No space left"):
+        Path(root, "large").write_bytes(os.urandom(80 * MIB))
+    with pool.opened("101") as root:
+        os.unlink(f"{root}/large")
+        os.utime(root, ns=(1, wanted["."][4]))
+    pool.snapshot("101", "limited")
+    pool.driver.resize("101", None, pool.worker)
+    assert pool.driver.size("101") is None
+    pool.restart()
+    for snapshot, name in (("free", "plain"), ("limited", "later")):
+        assert pool.read("101", name, snapshot=snapshot)
+    with pool.driver.opened("101") as view, storage.shown(view) as root:
+        assert difference(wanted, describe(root)) == {}
+    with pytest.raises(Refused, match="limited"):
+        pool.driver.resize("101", 64 * MIB, pool.worker)
+    # The image goes with the last snapshot that lies in it.
+    image = f"{pool.directory}/volumes/101/disk.img"
+    assert os.path.exists(image)
+    pool.driver.rollback("101", "limited")
+    assert pool.read("101", "later") == "x"
+    pool.driver.rollback("101", "free")
+    pool.driver.delete_snapshot("101", "limited")
+    pool.driver.empty_trash()
+    assert not os.path.exists(image)
+    pool.driver.resize("101", 64 * MIB, pool.worker)
+    assert pool.read("101", "plain") == "plain"
+
+
+def test_a_limit_below_what_is_there_is_refused_with_numbers(pool) -> None:
+    pool.create("101")
+    Path(upper(pool.driver), "large").write_bytes(os.urandom(60 * MIB))
+    with pytest.raises(Refused, match=r"it uses 60 MiB"):
+        pool.driver.resize("101", 32 * MIB, pool.worker)
+    with pytest.raises(Refused, match=r"do not fit into 62 MiB"):
+        pool.driver.resize("101", 62 * MIB, pool.worker)
+    assert pool.driver.size("101") is None
+    assert sorted(os.listdir(f"{pool.directory}/volumes/101")) == ["snapshots", "volume.json"]
+    pool.driver.resize("101", 128 * MIB, pool.worker)
+    with pytest.raises(Refused, match=r"need \d+ MiB"):
+        pool.driver.resize("101", 32 * MIB, pool.worker)
+    assert pool.driver.size("101") == 128 * MIB
+    assert len(pool.read("101", "etc/motd")) == 4
+
+
+def test_a_clone_may_have_a_limit_that_its_origin_has_not(pool) -> None:
+    pool.create("101")
+    pool.write("101", "state", "common")
+    pool.driver.clone("101", "", "102", pool.worker, size_bytes=32 * MIB)
+    assert pool.read("102", "state") == "common"
+    with pool.opened("102") as root, pytest.raises(OSError, match="No space left"):
+        Path(root, "large").write_bytes(os.urandom(48 * MIB))
+    pool.driver.destroy("101")
+    pool.restart()
+    assert pool.read("102", "state") == "common"
+
+
+def test_garbage_in_an_image_is_given_back(pool) -> None:
+    pool.create("101", size_bytes=64 * MIB)
+    with pool.opened("101") as root:
+        Path(root, "large").write_bytes(os.urandom(40 * MIB))
+    pool.snapshot("101", "one")
+    pool.driver.rollback("101", "one")
+    pool.driver.delete_snapshot("101", "one")
+    pool.driver.create("102", pool.base, pool.worker, size_bytes=64 * MIB)
+    pool.driver.snapshot("102", "empty", {}, pool.worker)
+    with pool.opened("102") as root:
+        Path(root, "large").write_bytes(os.urandom(40 * MIB))
+    pool.driver.rollback("102", "empty")
+    pool.driver.empty_trash()
+    with pool.opened("102") as root:
+        Path(root, "large").write_bytes(os.urandom(40 * MIB))
+    # What a volume still stands on is no garbage, whatever became of its snapshots.
+    with pool.opened("101") as root:
+        assert os.stat(f"{root}/large").st_size == 40 * MIB
+
+
+def test_layers_in_an_image_are_merged_there(pool) -> None:
+    pool.create("101", size_bytes=64 * MIB)
+    for number in range(20):
+        pool.write("101", f"file-{number}", str(number))
+        pool.snapshot("101", f"s{number}")
+    pool.driver.compact("101", pool.worker)
+    pool.driver.empty_trash()
+    assert len(pool.driver.activate("101").lowers) <= 16
+    pool.driver.deactivate("101")
+    for number in range(20):
+        assert pool.read("101", f"file-{number}") == str(number)
+        assert pool.read("101", f"file-{number}", snapshot=f"s{number}") == str(number)
+        assert pool.read("101", f"file-{number + 1}", snapshot=f"s{number}") == ""
     with pytest.raises(SysctrError):
-        driver.create("101", ("base",))
+        pool.driver.snapshot("101", "s1", {}, pool.worker)
