@@ -145,7 +145,9 @@ def change_mounts(sync: socket.socket, pidfd: int, request: dict) -> None:
         _close_imports()
         every = [steps.from_json(step) for step in (*work["prepare"], *work["attach"])]
         prepare = len(work["prepare"])
-        context = steps.Context(trees, -1)
+        # A staging directory in which this root may write, over the one that the trees came from.
+        context = steps.Context(trees, os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        steps.Stage().execute(context)
         _execute(every, range(prepare), context)
         process.setns(pidfd, process.CLONE_NEWNS)
         context.root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

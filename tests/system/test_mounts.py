@@ -308,6 +308,32 @@ def test_a_daemon_that_dies_leaves_every_mount_in_place(host: Node) -> None:
     host.run("destroy", ref, "--yes")
 
 
+def test_a_volume_with_layers_is_mounted_at_the_start_and_while_it_runs(host: Node) -> None:
+    ref = create(host, "--mount", "target=/data")
+    inside(host, ref, "echo before > /data/x && mkdir /data/dir && echo old > /data/dir/y")
+    host.run("stop", ref, "--kill")
+    host.run("snapshot", ref, "one")
+    host.run("start", ref)
+    assert inside(
+        host, ref, "cat /data/x; findmnt -n -o FSTYPE /data || grep ' /data ' /proc/mounts"
+    ).startswith("before\noverlay")
+    assert options(host, ref, "/data") >= {"rw", "nodev"}
+    inside(host, ref, "echo after > /data/x && rm -r /data/dir && echo new > /data/z")
+    host.run("mount", "remove", ref, "/data", "--keep")
+    host.run("mount", "add", ref, "target=/again,name=disk0")
+    assert inside(host, ref, "cat /again/x /again/z; ls /again") == "after\nnew\nx\nz"
+    inside(host, ref, "echo more > /again/more")
+    host.run("mount", "remove", ref, "/again", "--keep")
+    host.run("mount", "add", ref, "target=/look,name=disk0,ro")
+    assert inside(host, ref, "cat /look/more; ls /look") == "more\nmore\nx\nz"
+    assert "Read-only" in shell(host, ref, "touch /look/q", check=False).err
+    host.run("stop", ref, "--kill")
+    host.run("rollback", ref, "one", "--yes")
+    host.run("start", ref)
+    assert inside(host, ref, "cat /data/x /data/dir/y; ls /data") == "before\nold\ndir\nx"
+    host.run("destroy", ref, "--force", "--yes")
+
+
 @pytest.mark.parametrize(
     ("line", "status", "words"),
     [
