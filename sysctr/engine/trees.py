@@ -83,7 +83,7 @@ class TreeWorker:
                 self._run(("sh", "-c", _UPDATE, "update", since), source, target, stdin_fd=seen.fileno())
             return
         # Not beside the target: an image in which a file is open cannot be unmounted.
-        seen = self._files.enter_context(tempfile.TemporaryFile())
+        seen = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed with self
         self._run(("sh", "-c", _COPY), source, target, stdout_fd=seen.fileno())
         self._seen[target] = seen
         if not source.lowers:

@@ -137,8 +137,10 @@ class OverlayDriver:
 
     def destroy(self, volume: str) -> None:
         """Take a volume away in constant time, on a full disk too; `empty_trash` deletes its data."""
-        with self.records.lock:
-            self._check_idle(volume, f"destroy volume {volume}")
+        self._check_idle(volume, f"destroy volume {volume}")
+        # Somebody may merge layers in there; another volume of this name must not meet the old image.
+        disk = self.layers.disks.exists(volume)
+        with self.layers.disks.alone(volume) if disk else contextlib.nullcontext():
             self.records.remove(volume)
         fault.point("overlay.destroy.thrown")
         self._sizes.forget(volume)

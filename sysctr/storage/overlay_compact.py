@@ -88,6 +88,11 @@ def _level(run: Sequence[str], levels: Mapping[str, int]) -> int:
 
 def compact(layers: Layers, volume: str, worker: Worker) -> bool:
     """Merge what can be merged of a volume's layers; tell whether there was anything."""
+    with layers.mounted(volume, ["disk/"] if layers.disks.exists(volume) else []):
+        return _compact(layers, volume, worker)
+
+
+def _compact(layers: Layers, volume: str, worker: Worker) -> bool:
     done = False
     while True:
         with layers.records.lock, contextlib.ExitStack() as pins:
@@ -97,7 +102,7 @@ def compact(layers: Layers, volume: str, worker: Worker) -> bool:
             merged = layers.new_name(volume, run[0].partition("/")[0])
             pins.enter_context(layers.pinned(volume, [*run, merged]))
             held = pins.pop_all()
-        with held, layers.mounted(volume, run), layers.records.explained(f"merge layers of volume {volume}"):
+        with held, layers.records.explained(f"merge layers of volume {volume}"):
             _merge(layers, volume, run, merged, level, worker)
             with layers.records.lock:
                 _rewrite(layers, volume, run, merged)
@@ -114,8 +119,7 @@ def _choose(layers: Layers, volume: str) -> tuple[tuple[str, ...], int]:
             # Of what cannot be read nothing is known: its layers stay as they are, beside merged ones.
             with contextlib.suppress(SysctrError):
                 everyone += _lists(layers, other)
-    with layers.mounted(volume, {layer for each in mine for layer in each}):
-        levels = {layer: _read_level(layers, volume, layer) for each in mine for layer in each}
+    levels = {layer: _read_level(layers, volume, layer) for each in mine for layer in each}
     run = together(mine, everyone)
     if run:
         return run, _level(run, levels)

@@ -7,14 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from sysctr.errors import NoSpace, Refused, WrongState
+from sysctr.errors import NoSpace, Refused
 from sysctr.linux import fault
 from sysctr.storage import images, tree
 from sysctr.storage.base import Pause, Worker
 from sysctr.storage.overlay_layers import Chain, Layers
 from sysctr.storage.volumes import VolumeRecord
-
-_RELEASE_TIMEOUT_S = 10.0
 
 
 def mib(size_bytes: int) -> str:
@@ -96,10 +94,7 @@ def live(layers: Layers, volume: str, doing: str, worker: Worker, pause: Pause) 
 def _copied(
     layers: Layers, volume: str, wanted: Sequence[str], owner: str, directory: str, kind: str, worker: Worker
 ) -> Iterator["dict[str, str]"]:
-    """Copy layers of a volume, marks and all, below `directory`, and return the names of the copies.
-
-    If the body fails they are deleted.
-    """
+    """Copy layers of a volume, marks and all, below `directory`, and return the names of the copies."""
     copies = {layer: layers.new_name(owner, kind) for layer in wanted}
     with layers.pinned(owner, copies.values()), contextlib.ExitStack() as undo:
         for layer, copy in copies.items():
@@ -110,8 +105,9 @@ def _copied(
             worker.copy(layers.raw(volume, layer), f"{path}/rootfs")
             fault.point("overlay.layer.copied")
         tree.sync_file_system(directory)
-        yield copies
+        # From here on a record may name them; what none names is collected later.
         undo.pop_all()
+        yield copies
 
 
 def clone(
@@ -255,8 +251,8 @@ def grow(layers: Layers, volume: str, size_bytes: int) -> None:
     except Refused:
         if volume in layers.active.volumes():
             raise
-        _wait_until_released(layers, volume, f"grow volume {volume}")
-        images.grow(image, None, size_bytes)
+        with layers.disks.alone(volume):
+            images.grow(image, None, size_bytes)
     fault.point("overlay.resize.grown")
     with layers.records.lock:
         record = layers.records.read(volume)
@@ -270,7 +266,7 @@ def shrink(layers: Layers, volume: str, doing: str, size_bytes: int) -> None:
     copy = f"{records.path(volume)}/{tree.hidden_name('new', 'disk')}"
     with records.explained(doing), contextlib.ExitStack() as undo:
         undo.callback(_remove_file, copy)
-        _wait_until_released(layers, volume, doing)
+        undo.enter_context(layers.disks.alone(volume))
         images.copy(layers.disks.image(volume), copy)
         try:
             images.shrink(copy, size_bytes)
@@ -279,19 +275,9 @@ def shrink(layers: Layers, volume: str, doing: str, size_bytes: int) -> None:
         fault.point("overlay.resize.shrunk")
         with records.lock:
             os.rename(copy, layers.disks.image(volume))
-            undo.pop_all()
             tree.sync_directory(records.path(volume))
             fault.point("overlay.resize.placed")
             records.write(volume, replace(records.read(volume), size_bytes=size_bytes))
-
-
-def _wait_until_released(layers: Layers, volume: str, doing: str) -> None:
-    """Wait until nobody holds an image that is unmounted here: the namespace of a job ends after the job."""
-    deadline_s = time.monotonic() + _RELEASE_TIMEOUT_S
-    while images.held(layers.disks.image(volume)):
-        if time.monotonic() > deadline_s:
-            raise WrongState(f"cannot {doing}: its disk is in use")
-        time.sleep(0.02)
 
 
 def _remove_file(path: str) -> None:

@@ -18,12 +18,13 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sysctr.errors import SysctrError
+from sysctr.errors import SysctrError, WrongState
 from sysctr.linux import fault, files
 from sysctr.storage import images, tree
 from sysctr.storage.base import RootSpec, Tree
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 _LAYER = re.compile(
     r"layers/[A-Za-z0-9][A-Za-z0-9._+-]{0,190}|(uppers|disk)/[a-z0-9][a-z0-9._-]{0,62}\.[0-9a-f]{8}"
 )
+_WAIT_S = 60.0
 # What belongs to one file system, so that it would mean other files in a copy or in another layer.
 _MARKS = ("user.overlay.", "trusted.overlay.")
 
@@ -104,7 +106,9 @@ class Disks:
         self._active = active
         self.directory = run
         self._users: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        # Volumes whose images nobody may mount for the moment.
+        self._closed: set[str] = set()
+        self._changed = threading.Condition()
 
     def image(self, volume: str) -> str:
         """Return the path of a volume's image, whether there is one or not."""
@@ -120,10 +124,11 @@ class Disks:
 
     def hold(self, volume: str) -> None:
         """Mount a volume's image; it stays until `release` finds nobody who uses it."""
-        with self._lock:
+        with self._changed:
             self._mount(volume)
 
     def _mount(self, volume: str) -> None:
+        self._wait(volume, lambda: volume not in self._closed)
         # Closed to all but root: the mount is not nosuid, because containers need theirs.
         tree.ensure_directory(self.directory)
         images.mount(self.image(volume), self.at(volume))
@@ -131,23 +136,43 @@ class Disks:
     @contextlib.contextmanager
     def used(self, volume: str) -> Iterator[str]:
         """Have a volume's image mounted while entered, and return where."""
-        with self._lock:
+        with self._changed:
+            self._mount(volume)
             self._users[volume] += 1
-            try:
-                self._mount(volume)
-            except BaseException:
-                self._users[volume] -= 1
-                raise
         try:
             yield self.at(volume)
         finally:
-            with self._lock:
+            with self._changed:
                 self._users[volume] -= 1
                 self._release(volume)
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self, volume: str) -> Iterator[None]:
+        """Have an inactive volume's image for oneself, not mounted, while entered."""
+        with self._changed:
+            self._wait(volume, lambda: not self._users[volume] and volume not in self._closed)
+            self._closed.add(volume)
+        try:
+            # The namespace of a job, and what it has mounted, goes a moment after the job.
+            deadline_s = time.monotonic() + _WAIT_S
+            while self.exists(volume) and images.held(self.image(volume)):
+                if time.monotonic() > deadline_s:
+                    raise WrongState(f"cannot use the disk of volume {volume}: it is in use")
+                time.sleep(0.02)
+            yield
+        finally:
+            with self._changed:
+                self._closed.remove(volume)
+                self._changed.notify_all()
+
+    def _wait(self, volume: str, fact: Callable[[], bool]) -> None:
+        if not self._changed.wait_for(fact, _WAIT_S):
+            raise WrongState(f"cannot use the disk of volume {volume}: it is in use")
 
     def release(self, volume: str) -> None:
         """Unmount a volume's image unless it is used or the volume is active."""
-        with self._lock:
+        with self._changed:
             self._release(volume)
 
     def _release(self, volume: str) -> None:
