@@ -31,7 +31,7 @@ def compare(jobs: JobRunner, before: RootSpec, after: RootSpec, scratch: str, ta
     directory of the host for the two lists.
     """
     counts = {"A": 0, "M": 0, "D": 0, "T": 0}
-    changes = []
+    changes: list[list[str]] = []
     with _listed(jobs, before, scratch, task) as old, _listed(jobs, after, scratch, task) as new:
         for letter, path in _differences(_records(old), _records(new)):
             counts[letter] += 1

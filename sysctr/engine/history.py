@@ -3,11 +3,11 @@
 import contextlib
 import logging
 import threading
-import time
 from typing import Any
 
 from sysctr.config.schedule import parse_span
 from sysctr.engine.cloning import Cloning
+from sysctr.engine.compaction import Compaction
 from sysctr.engine.creation import Creation
 from sysctr.engine.differences import compare
 from sysctr.engine.host import Host
@@ -18,7 +18,7 @@ from sysctr.engine.record import Record
 from sysctr.engine.recover import Notes, Recovery
 from sysctr.engine.rollback import Rollback
 from sysctr.engine.schedule import Scheduler
-from sysctr.engine.snapshots import Snapshots, check_name, time_name
+from sysctr.engine.snapshots import Snapshots, check_name
 from sysctr.engine.tasks import Task
 from sysctr.errors import SysctrError, UsageError, WrongState
 from sysctr.storage.base import RootSpec, Tree
@@ -39,6 +39,8 @@ class History:
         self._cloning = Cloning(host, lifecycle, self._snapshots, creation.discard_volumes)
         self._recovery = Recovery(host, self._snapshots, self._journal)
         self._scheduler = Scheduler(host, self._snapshots)
+        self._compaction = Compaction(host, self._snapshots)
+        self._snapshots.on_change = self._compaction.soon
         notes = Notes(host)
         self._notes = notes
 
@@ -74,12 +76,14 @@ class History:
                 record = self._host.store.load(number)
                 self._submit("start", record, lambda task, number=number: self._lifecycle.start(task, number))
         self._scheduler.start()
+        self._compaction.start()
         # Volumes that an earlier version made have none.
         threading.Thread(target=self._notes.keep_all, name="notes", daemon=True).start()
 
     def close(self) -> None:
         """End what goes on by itself."""
         self._scheduler.close()
+        self._compaction.close()
 
     def orphans(self) -> list[str]:
         """Return, in words, what belongs to no container."""
@@ -120,7 +124,7 @@ class History:
     ) -> Task:
         """Keep the state of a container; without a name it gets one of the time."""
         record = self._find(ref)
-        chosen = check_name(name) if name else time_name("snap", time.time())
+        chosen = check_name(name) if name else self._snapshots.free_name(record, "snap")
         expires_s = parse_span(expires) if expires else None
         if any(one.name == chosen for one in self._snapshots.all(record)):
             raise WrongState(

@@ -9,14 +9,16 @@ from sysctr.config.schema import SnapshotRules
 from sysctr.engine import retention
 from sysctr.engine.host import Host
 from sysctr.engine.record import Record
-from sysctr.engine.snapshots import Snapshots, time_name
+from sysctr.engine.snapshots import Snapshots
 from sysctr.engine.tasks import Task
 from sysctr.errors import Busy, NoDaemon, SysctrError
 
 log = logging.getLogger(__name__)
 
-# A configuration may be edited by hand, and a task may be in the way: so often it is looked again.
+# A configuration may be edited by hand: so often it is looked again.
 _LOOK_S = 60.0
+# And so often where a task is in the way.
+_BUSY_S = 2.0
 _EXPIRY_LOOK_S = 3600.0
 _RETRY_S = 900.0
 
@@ -78,8 +80,8 @@ class Scheduler:
                 continue
             if self._newest_of(record) >= schedule.last_due(now_s):
                 next_s = min(next_s, schedule.next_due(now_s))
-            elif self._not_before.get(record.id, 0.0) <= now_s:
-                self._submit(record)
+            elif self._not_before.get(record.id, 0.0) <= now_s and not self._submit(record):
+                next_s = min(next_s, now_s + _BUSY_S)
         return next_s
 
     def _newest_of(self, record: Record) -> float:
@@ -88,23 +90,24 @@ class Scheduler:
             self._newest[record.uuid] = max(made, default=0.0)
         return self._newest[record.uuid]
 
-    def _submit(self, record: Record) -> None:
+    def _submit(self, record: Record) -> bool:
         self._under_way.add(record.id)
         try:
             self._host.tasks.submit(
                 "snapshot", record.id, lambda task: self._make(task, record), subject=record.title
             )
         except (Busy, NoDaemon):
-            # What is in the way ends some time.
+            # What is in the way ends some time: often it is the very change that set the schedule.
             self._under_way.discard(record.id)
+            return False
+        return True
 
     def _make(self, task: Task, record: Record) -> dict:
         number = record.id
         # It may have been changed, renamed or destroyed since it was looked at.
         try:
-            made = self._snapshots.take(
-                task, number, time_name("auto", time.time()), description="automatic", automatic=True
-            )
+            name = self._snapshots.free_name(self._host.store.load(number), "auto")
+            made = self._snapshots.take(task, number, name, description="automatic", automatic=True)
             self._newest[record.uuid] = time.time()
             config = self._host.store.load(number).config
             surplus = self._surplus(record, config.snapshot) if config is not None else []
@@ -147,7 +150,7 @@ class Scheduler:
             over = [name for name, end in ends.items() if end <= now_s]
             next_s = min([next_s, *(end for end in ends.values() if end > now_s)])
             if over and not self._delete(record, over):
-                next_s = min(next_s, now_s + _LOOK_S)
+                next_s = min(next_s, now_s + _BUSY_S)
         self._look_for_expired_s = next_s
         return next_s
 

@@ -6,6 +6,7 @@ one. So there is no second list that could differ.
 
 import contextlib
 import difflib
+import itertools
 import logging
 import secrets
 import time
@@ -59,6 +60,8 @@ class Snapshots:
     def __init__(self, host: Host, journal: Journal) -> None:
         self._host = host
         self._journal = journal
+        # Told of every container whose snapshots have changed.
+        self.on_change: Callable[[int], None] = lambda number: None
         # Told of every snapshot that expires.
         self.on_expiry: Callable[[], None] = lambda: None
 
@@ -96,6 +99,14 @@ class Snapshots:
             )
             raise NotFound(f"cannot find snapshot {name[:64]} of {record.id}", hint)
         return known[name]
+
+    def free_name(self, record: Record, prefix: str) -> str:
+        """Return a name of the time that no snapshot of the container has."""
+        taken = {one.name for one in self.all(record)}
+        name = time_name(prefix, time.time())
+        # Two in one second.
+        others = (f"{name}-{number}" for number in itertools.count(2))
+        return next(one for one in itertools.chain((name,), others) if one not in taken)
 
     def show(self, record: Record) -> dict[str, Any]:
         """Return the snapshots, oldest first, and the one that the present state goes back to."""
@@ -143,6 +154,7 @@ class Snapshots:
         }  # fmt: skip
         pause_s = self._take(task, record, name, note, {})
         self._host.bus.publish("container", id=number, change="snapshot", snapshot=name)
+        self.on_change(number)
         if expires_s is not None:
             self.on_expiry()
         return {
@@ -242,6 +254,7 @@ class Snapshots:
             self.forget(record, name)
             self._host.bus.publish("container", id=number, change="delsnapshot", snapshot=name)
         self._host.collect_soon()
+        self.on_change(number)
         return {"id": number, "snapshots": list(names)}
 
     def forget(self, record: Record, name: str) -> None:
