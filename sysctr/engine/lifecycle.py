@@ -73,11 +73,13 @@ class Lifecycle:
         with ExitStack() as undo:
             placement = host.cgroups.create(container_id, limits_of(record), record.idmap_first)
             undo.callback(self.quietly, host.cgroups.destroy, container_id)
-            undo.callback(self.quietly, host.release, container_id)
             facts = self._facts(record)
             plan = container_plan(facts)
             plan["cgroup"] = {"into": placement.into, "tasks": list(placement.tasks)}
             starting = undo.enter_context(host.supervisor.create(container_id, plan))
+            # Not before: a start is refused while a job works on the volumes. And after the child's end.
+            undo.callback(self.quietly, host.release, container_id)
+            undo.callback(starting.close)
             undo.callback(self.quietly, host.network.detach, container_id)
             for nic in record.config.nets:
                 host.network.attach(
