@@ -78,8 +78,8 @@ class TreeWorker:
         if changed_since_s is not None:
             with self._seen.pop(target, None) or tempfile.TemporaryFile() as seen:
                 seen.seek(0)
-                # The clock that file systems use lags behind by up to a tick.
-                since = str(math.floor(changed_since_s) - 1)
+                # The clock that file systems use lags behind by up to a tick, and some keep whole seconds.
+                since = str(math.floor(changed_since_s - 0.05))
                 self._run(("sh", "-c", _UPDATE, "update", since), source, target, stdin_fd=seen.fileno())
             return
         # Not beside the target: an image in which a file is open cannot be unmounted.

@@ -35,6 +35,7 @@ NOW = "now"
 _VOLUME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _SNAPSHOT = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _RECORD_MAX_BYTES = 16 << 20
+_MOST_REMEMBERED = 20_000
 _SHARED = frozenset({"schema", "size_bytes", "note", "parents", "name", "created"})
 
 # The snapshots that a state goes back to, nearest first, each with its time: a name may be used again later.
@@ -96,6 +97,8 @@ class VolumeRecords:
         self.directory = f"{pool}/volumes"
         self.trash = tree.Trash(f"{pool}/.trash")
         self.lock = threading.RLock()
+        # When snapshots were taken, by their record's path, inode, time and size.
+        self._created_at: dict[tuple[str, int, int, int], float] = {}
 
     def prepare(self, *directories: str) -> None:
         """Make the pool's directories, a driver's own among them, and see that they can be used together.
@@ -241,24 +244,44 @@ class VolumeRecords:
 
     def parent(self, volume: str) -> str:
         """Return the nearest snapshot that a volume's content goes back to and that still exists, or ""."""
-        return _nearest(self.read(volume).parents, _times(self.snapshot_records(volume)))
+        return _nearest(self.read(volume).parents, self._created(volume))
 
     def snapshot_records(self, volume: str) -> "list[SnapshotRecord]":
         """Return what is recorded of all snapshots of a volume, oldest first, the damaged ones too."""
-        directory = f"{self.path(volume)}/snapshots"
+        found = []
+        for name in self._snapshot_names(volume):
+            with contextlib.suppress(NotFound):  # deleted meanwhile
+                found.append(self._read_snapshot(volume, name))
+        return sorted(found, key=lambda record: (record.created, record.name))
+
+    def _snapshot_names(self, volume: str) -> "list[str]":
         with self.explained(f"list the snapshots of volume {volume}"):
             try:
-                names = os.listdir(directory)
+                names = os.listdir(f"{self.path(volume)}/snapshots")
             except FileNotFoundError:
                 if not self.exists(volume):
                     raise NotFound(f"cannot use volume {volume}: no such volume in {self.pool}") from None
                 return []
-        found = []
-        for name in [name.removesuffix(".json") for name in names if name.endswith(".json")]:
-            if _SNAPSHOT.fullmatch(name) and name != NOW:
-                with contextlib.suppress(NotFound):  # deleted meanwhile
-                    found.append(self._read_snapshot(volume, name))
-        return sorted(found, key=lambda record: (record.created, record.name))
+        names = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        return [name for name in names if _SNAPSHOT.fullmatch(name) and name != NOW]
+
+    def _created(self, volume: str) -> "dict[str, float]":
+        """Return when each snapshot that can be read was taken; what did not change is not read again."""
+        found = {}
+        for name in self._snapshot_names(volume):
+            path = self.snapshot_path(volume, name)
+            with contextlib.suppress(FileNotFoundError, NotFound):
+                status = os.lstat(path)
+                key = (path, status.st_ino, status.st_mtime_ns, status.st_size)
+                if key not in self._created_at:
+                    record = self._read_snapshot(volume, name)
+                    if record.error:
+                        continue
+                    if len(self._created_at) >= _MOST_REMEMBERED:
+                        self._created_at.clear()
+                    self._created_at[key] = record.created
+                found[name] = self._created_at[key]
+        return found
 
     def snapshots(self, volume: str) -> "list[Snapshot]":
         """Return the snapshots of a volume, oldest first, as callers of a driver see them."""
@@ -332,7 +355,7 @@ class VolumeRecords:
 
     def alive(self, volume: str, parents: Parents) -> Parents:
         """Return those of the snapshots that still exist."""
-        times = _times(self.snapshot_records(volume))
+        times = self._created(volume)
         return tuple((name, created) for name, created in parents if times.get(name) == created)
 
     def _read_snapshot(self, volume: str, name: str) -> SnapshotRecord:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
@@ -353,6 +353,7 @@ lists = st.lists(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(lists)
 def test_a_run_that_is_merged_is_in_every_list_whole_or_not_at_all(everyone) -> None:
     run = together(everyone[:2], everyone)
@@ -369,6 +370,7 @@ def test_a_run_that_is_merged_is_in_every_list_whole_or_not_at_all(everyone) -> 
     assert "layers/base" not in run
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=17, max_value=40), st.lists(st.integers(0, 3), min_size=40, max_size=40))
 def test_of_a_long_list_the_oldest_of_the_lowest_level_are_merged(length: int, numbers: list[int]) -> None:
     layers = (*[f"uppers/{number}" for number in range(length)], "layers/base")

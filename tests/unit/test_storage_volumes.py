@@ -5,7 +5,7 @@ import os
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
@@ -35,6 +35,7 @@ def take(records: VolumeRecords, name: str, **fields: object) -> None:
     records.write("101", VolumeRecord(now.size_bytes, parents, now.note, now.fields))
 
 
+@settings(deadline=None)
 @given(st.from_regex(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?", fullmatch=True))
 def test_names_of_snapshots_are_also_names_of_files(name: str) -> None:
     if name == "now":
@@ -46,6 +47,7 @@ def test_names_of_snapshots_are_also_names_of_files(name: str) -> None:
     assert len(os.fsencode(f"{name}.json")) <= 255
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_what_could_lead_elsewhere_is_no_name(name: str) -> None:
     for check in (check_snapshot, check_volume):
@@ -72,6 +74,7 @@ notes = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(note=notes, size=st.none() | st.integers(min_value=1, max_value=1 << 60))
 def test_a_record_comes_back_as_it_was_written(tmp_path_factory, note: dict, size: int | None) -> None:
     records = VolumeRecords(str(tmp_path_factory.mktemp("pool")))
@@ -85,6 +88,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path_factory, note: dict, siz
     assert records.snapshot("101", "one") == taken
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | st.sampled_from([b"[" * 100_000, b"1", b'{"schema":true}', b'{"schema":1}']))
 def test_a_damaged_record_stops_only_its_own_snapshot(tmp_path_factory, content: bytes) -> None:
     records = VolumeRecords(str(tmp_path_factory.mktemp("pool")))
