@@ -119,6 +119,7 @@ class BtrfsDriver(RecordedDriver):
         disk, before = self._disk(volume), self.size(volume)
         with self.records.explained(doing), contextlib.ExitStack() as undo:
             if size_bytes is not None:
+                tree.sync_file_system(disk)
                 self._check_size(disk, size_bytes, doing)
             undo.callback(self._limit, disk, before, doing)
             self._limit(disk, size_bytes, doing)
@@ -157,16 +158,17 @@ class BtrfsDriver(RecordedDriver):
 
     def _copy_disk(self, source: str, target: str, size_bytes: int | None) -> int | None:
         doing = f"copy subvolume {source}"
-        if size_bytes is not None:
-            self._check_size(source, size_bytes, doing)
         self._run(["btrfs", "subvolume", "snapshot", source, target], doing)
         if size_bytes is not None:
+            # Making it has committed all there was, and the numbers of its group are those of now.
+            self._check_size(target, size_bytes, doing)
             self._limit(target, size_bytes, doing)
         return size_bytes
 
     def _keep_disk(self, volume: str, disk: str, target: str, pause: Pause | None) -> None:
-        # What is written before the pause need not be written in it.
-        tree.sync_file_system(disk)
+        if pause is not None:
+            # What is written before the pause need not be written in it.
+            tree.sync_file_system(disk)
         with (pause or contextlib.nullcontext)():
             self._run(
                 ["btrfs", "subvolume", "snapshot", "-r", disk, target], f"take a snapshot of volume {volume}"
@@ -179,7 +181,6 @@ class BtrfsDriver(RecordedDriver):
     def _check_size(self, disk: str, size_bytes: int, doing: str) -> None:
         if size_bytes < MIN_SIZE_BYTES:
             raise UsageError(f"cannot {doing}: a limit of {size_bytes} bytes is less than 1 MiB")
-        tree.sync_file_system(disk)
         used = self._number(disk, "referenced") or 0
         if used > size_bytes:
             raise Refused(

@@ -40,6 +40,7 @@ _LOOP_CONFIGURE = 0x4C0A
 _LOOP_CTL_GET_FREE = 0x4C82
 _LO_FLAGS_READ_ONLY = 1
 _LO_FLAGS_AUTOCLEAR = 4
+_LO_FLAGS_DIRECT_IO = 16
 # struct loop_info64: device, inode, rdevice, offset, sizelimit; number, two for encryption, flags; file name,
 # crypt name, key; init.
 _INFO64 = "=5Q4I64s64s32s2Q"
@@ -49,6 +50,7 @@ _CONFIG_HEAD, _CONFIG_TAIL = "=II", "=8Q"
 _LOOP_TRIES = 100
 
 _FICLONE = 0x40049409
+_BTRFS_FS_INFO = 0x8400941F
 _FIFREEZE = 0xC0045877
 _FITHAW = 0xC0045878
 
@@ -404,6 +406,9 @@ def _device(path: str, *, read_only: bool) -> int:
                 os.close(control_fd)
             device_fd = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_CLOEXEC)
             flags = _LO_FLAGS_AUTOCLEAR | (_LO_FLAGS_READ_ONLY if read_only else 0)
+            if not _is_on_btrfs(file_fd):
+                # Else everything is in memory twice.
+                flags |= _LO_FLAGS_DIRECT_IO
             # The name is for losetup(8), which has more of it from sysfs.
             info = struct.pack(_INFO64, *[0] * 8, flags, os.fsencode(path)[:63], b"", b"", 0, 0)
             config = struct.pack(_CONFIG_HEAD, file_fd, 0) + info + struct.pack(_CONFIG_TAIL, *[0] * 8)
@@ -418,6 +423,15 @@ def _device(path: str, *, read_only: bool) -> int:
         raise OSError(errno.EBUSY, "every free loop device was taken by others", path)
     finally:
         os.close(file_fd)
+
+
+def _is_on_btrfs(file_fd: int) -> bool:
+    """Tell whether a file is on btrfs: a page that changes while it is written breaks its checksum there."""
+    try:
+        fcntl.ioctl(file_fd, _BTRFS_FS_INFO, bytearray(1024))
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

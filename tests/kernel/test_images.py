@@ -249,6 +249,9 @@ def test_copies_share_blocks_where_the_file_system_can(tmp_path, fstype, shares)
         assert images.can_reflink(place) is shares
         images.make(f"{place}/a.img", 1 << 30)
         images.mount(f"{place}/a.img", f"{tmp_path}/m")
+        number = os.stat(f"{tmp_path}/m").st_dev
+        with open(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/dio", encoding="ascii") as dio:
+            assert dio.read().strip() == ("0" if fstype == "btrfs" else "1")
         write(f"{tmp_path}/m/{images.CONTENT}/file", 16 * MIB)
         images.unmount(f"{tmp_path}/m")
         sync(place)
