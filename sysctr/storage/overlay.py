@@ -378,16 +378,12 @@ class OverlayDriver:
         return self._sizes.measure(volume)
 
     def _measure(self, volume: str) -> int:
-        with self.records.lock:
-            if not self.records.exists(volume):
-                raise NotFound(f"cannot measure volume {volume}: it does not exist")
-            needed, _ = self.layers.users()
-            own = [layer for (owner, layer), users in needed.items() if users == {volume} and not owner]
-            image = self.layers.disks.image(volume)
-        paths = [f"{self.directory}/{layer}" for layer in own if layer.startswith("uppers/")]
+        if not self.records.exists(volume):
+            raise NotFound(f"cannot measure volume {volume}: it does not exist")
+        paths = self.layers.own(volume)
         size_bytes = tree.size_bytes(*paths) if paths else 0
         with contextlib.suppress(FileNotFoundError):
-            size_bytes += os.stat(image).st_blocks * 512
+            size_bytes += os.stat(self.layers.disks.image(volume)).st_blocks * 512
         return size_bytes
 
     def users_of(self, layer: str) -> "list[str]":
