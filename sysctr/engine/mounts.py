@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
+# A mount takes milliseconds; a container whose change never ends could not be stopped either.
+_CHANGE_S = 20.0
 _OPTIONS = ("read_only", "noexec", "dev", "suid", "host_root")
 
 
@@ -258,7 +261,8 @@ class Mounts:
         request = {"mounts": work, "streams": [], "program": {"builtin": "mounts"}}
         supervisor = self._host.supervisor
         try:
-            supervisor.use_ticket(supervisor.ticket({"kind": "files", "id": record.id, "request": request}))
+            ticket = supervisor.ticket({"kind": "files", "id": record.id, "request": request})
+            supervisor.use_ticket(ticket, _patience())
         except SysctrError as error:
             raise SysctrError(f"cannot {doing}: {error.message}", error.hint) from error
 
@@ -395,6 +399,20 @@ def tables(config: schema.Container, keys: "tuple[str, ...]") -> "dict[str, Plai
         given: Mapping[str, Mapping[str, Plain]] = dumped.get(kind, {})  # type: ignore[assignment]
         changes |= {f"{key}.{name}": value for name, value in given.get(index, {}).items()}
     return changes
+
+
+def _patience() -> "Callable[[], None]":
+    """Return what raises SysctrError when a change inside has taken too long: paths can be made to hang."""
+    deadline_s = time.monotonic() + _CHANGE_S
+
+    def check() -> None:
+        if time.monotonic() > deadline_s:
+            raise SysctrError(
+                f"it was not done within {_CHANGE_S:g} s",
+                "does a FUSE or network file system hang, on the source or inside?",
+            )
+
+    return check
 
 
 def _same(old: "Mount | Device | None", new: "Mount | Device") -> bool:
