@@ -1,6 +1,9 @@
 """The ways into a container: exec, console, files. The daemon gives a ticket, the supervisor opens."""
 
+import contextlib
+import functools
 import os
+import queue
 import re
 
 from sysctr.config import toml
@@ -8,8 +11,8 @@ from sysctr.config.schema import Container, parse_config
 from sysctr.engine.host import Host
 from sysctr.engine.plan import CONTAINER_TYPE, volume_job_plan
 from sysctr.engine.record import Record
-from sysctr.errors import UsageError, WrongState
-from sysctr.template.base import Task
+from sysctr.engine.tasks import Cancelled, Task
+from sysctr.errors import UsageError, WrongState, from_dict
 
 
 class Doors:
@@ -73,7 +76,61 @@ class Doors:
             streams = ["stdout"]
         else:
             raise UsageError(f"cannot move files: {operation!r} is neither push nor pull")
-        return self._ticket({"kind": "files", "id": record.id, **self._work(record, program, streams)})
+        if self._host.live.running(record.id):
+            return self._ticket(self._files_inside(record, program, streams))
+        return self._files_of_stopped(record, operation, program, streams)
+
+    def _files_of_stopped(self, record: Record, operation: str, program: dict, streams: "list[str]") -> dict:
+        """Return a ticket for work on a stopped container, which a task holds until the work has ended.
+
+        So the container is not started, snapshot or resized meanwhile, and its volume is let go of after it.
+        """
+        given: queue.SimpleQueue[dict] = queue.SimpleQueue()
+
+        def work(task: Task) -> None:
+            if self._host.live.running(record.id):
+                raise WrongState(f"cannot {operation} {record.id}: it was started meanwhile", "try again")
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._host.release, record.id)
+                plan = self._plan(self._host.store.load(record.id), program)
+                ticket = self._ticket({"kind": "files", "id": record.id, "plan": plan, "streams": streams})
+                undo.pop_all()
+            given.put(ticket)
+            self._hold(task, record.id)
+
+        task = self._host.tasks.submit(operation, record.id, work, subject=record.title)
+        task.on_end(lambda: given.put({}))
+        ticket = given.get()
+        if not ticket:
+            raise from_dict(task.error or {"message": f"cannot {operation} {record.id}: interrupted"})
+        return ticket
+
+    def _hold(self, task: Task, number: int) -> None:
+        """Wait for the end of the work on a stopped container's files, and let go of its volumes.
+
+        The end of the daemon is none of the work: the next daemon goes on with this.
+        """
+        tasks = self._host.tasks
+
+        def check() -> None:
+            if tasks.closing:
+                raise Cancelled
+            task.check()
+
+        try:
+            self._host.supervisor.wait_idle(number, check)
+        except Cancelled:
+            if tasks.closing:
+                raise
+            self._host.supervisor.wait_idle(number, end=True)
+            self._host.release(number)
+            raise
+        self._host.release(number)
+
+    def resume(self) -> None:
+        """Hold the stopped containers whose files are being worked on since an earlier daemon."""
+        for number in self._host.supervisor.working():
+            self._host.tasks.submit("push", number, functools.partial(self._hold, number=number))
 
     def run_builtin(self, record: Record, program: dict, task: Task) -> None:
         """Do one of the supervisor's own works in a container, running or stopped, and wait for its end."""
@@ -84,24 +141,26 @@ class Doors:
             finally:
                 self._host.release(record.id)
             return
-        ticket = self._ticket({"kind": "files", "id": record.id, **self._work(record, program, [])})
+        ticket = self._ticket(self._files_inside(record, program, []))
         self._host.supervisor.use_ticket(ticket["ticket"], task.check)
 
-    def _work(self, record: Record, program: dict, streams: "list[str]") -> dict:
-        """Return the part of a request that says where the work is done: inside, or on the stopped volume.
+    def _files_inside(self, record: Record, program: dict, streams: "list[str]") -> dict:
+        """Return the request of work on a running container's files, done in its own mount namespace."""
+        inner = {"program": program, "streams": streams, "cgroup": self._cgroup(record)}
+        return {"kind": "files", "id": record.id, "request": inner}
+
+    def _plan(self, record: Record, program: dict) -> dict:
+        """Return the plan of work on a stopped container's files.
 
         An upper must never be mounted twice: the supervisor refuses a second plan on the same container,
         the start of it among them, while such a job runs.
         """
-        if self._host.live.running(record.id):
-            inner = {"program": program, "streams": streams, "cgroup": self._cgroup(record)}
-            return {"request": inner}
         spec = self._host.activate(record)
         idmap = self._host.jobs_for(record).idmap
         # What is in its volumes is seen where they will be mounted; the host's own paths are not a job's.
         mounts = self._host.mounts.activate(record, volumes_only=True)
         plan = volume_job_plan(record.id, spec, idmap, self._host.stage, program, mounts)
-        return {"plan": {**plan, "cgroup": self._host.cgroups.job_plan()}, "streams": streams}
+        return {**plan, "cgroup": self._host.cgroups.job_plan()}
 
     def _cgroup(self, record: Record) -> dict:
         placement = self._host.cgroups.exec_placement(record.id)

@@ -70,6 +70,7 @@ class Engine:
         # Destroyed on a full disk, which could not note that.
         for number in host.network.all_addresses().keys() - known:
             self._lifecycle.quietly(host.network.release, number)
+        self._doors.resume()
         host.release_unused()
         for number in host.cgroups.list_ids():
             if number not in known or not host.live.running(number):

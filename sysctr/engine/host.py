@@ -151,12 +151,14 @@ class Host:
         self.mounts.release(number)
 
     def release_unused(self) -> None:
-        """Take back what a daemon that died did for containers that do not run any more."""
+        """Take back what a daemon that died did for containers that are not in use any more."""
+        working = self.supervisor.working()
         for name, driver in self.pools.opened():
             with contextlib.suppress(SysctrError):
                 for volume in driver.active():
                     number = owner(volume)
-                    used = self.live.running(number) if number else self.mounts.is_used(name, volume)
+                    used = self.live.running(number) or number in working
+                    used = used if number else self.mounts.is_used(name, volume)
                     if not used:
                         driver.deactivate(volume)
 

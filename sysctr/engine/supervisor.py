@@ -185,6 +185,23 @@ class SupervisorClient:
             wire.send(connection, {"op": "job", "plan": plan}, stdio)
             return _await_exit(connection, check)
 
+    def working(self) -> "list[int]":
+        """Return the stopped containers whose files are being worked on, or may be with an unused ticket."""
+        return self._ask({"op": "working"}, again=True)["working"]
+
+    def wait_idle(
+        self, container_id: int, check: Callable[[], None] | None = None, *, end: bool = False
+    ) -> None:
+        """Wait until nothing works on a stopped container's files, over an upgrade of the supervisor too.
+
+        With `end` what works on them is killed. `check` is called several times a second and may raise.
+        """
+        while True:
+            with self._connect() as connection, contextlib.suppress(wire.WireError, ConnectionError):
+                wire.send(connection, {"op": "idle", "id": container_id, "end": end})
+                _await(connection, check)
+                return
+
     def use_ticket(self, ticket: str, check: Callable[[], None] | None = None) -> None:
         """Redeem a ticket for work without streams and wait for its end; raises SysctrError if it failed."""
         with wire.connect(self._where.ticket_socket, _ANSWER_S) as connection:
@@ -250,21 +267,28 @@ class SupervisorClient:
 
 
 def _await_exit(connection: socket.socket, check: Callable[[], None] | None) -> int:
+    while True:
+        try:
+            answer = _await(connection, check)
+        except wire.WireError as error:
+            raise errors.SysctrError("the supervisor died while it worked", "try again") from error
+        if "exit" in answer:
+            return answer["exit"]
+
+
+def _await(connection: socket.socket, check: Callable[[], None] | None) -> dict:
+    """Return the next answer, calling `check` several times a second until it comes."""
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
     while True:
         if check is not None:
             check()
-        if not poll.poll(200):
-            continue
-        try:
-            answer = wire.receive_plain(connection)
-        except wire.WireError as error:
-            raise errors.SysctrError("the supervisor died while it worked", "try again") from error
-        if "error" in answer:
-            raise errors.from_dict(answer["error"])
-        if "exit" in answer:
-            return answer["exit"]
+        if poll.poll(200):
+            break
+    answer = wire.receive_plain(connection)
+    if "error" in answer:
+        raise errors.from_dict(answer["error"])
+    return answer
 
 
 def _supervised(container_id: int, state: dict) -> Supervised:

@@ -30,6 +30,9 @@ PROGRESS_INTERVAL_S = 0.1
 # A cancelled task ends at its next step, or when its programs are killed.
 TAKE_OVER_S = 60.0
 _CHECK_S = 0.2
+# Tasks that wait for work that others do, and how long others wait for them instead of being refused.
+_BRIEF_KINDS = frozenset({"push", "pull"})
+_PATIENCE_S = 2.0
 ENDED = frozenset({"done", "failed", "cancelled"})
 
 
@@ -232,6 +235,8 @@ class TaskRunner:
         with self._free:
             if self._closing:
                 raise NoDaemon(f"cannot {task.doing}: the daemon is being stopped", "try again in a moment")
+            # Who copied files hears of its end from the supervisor, before the daemon has put it away.
+            self._free.wait_for(lambda: not self._is_brief(key), _PATIENCE_S)
             if exclusive and key != "" and not (takes_over and key in self._holders):
                 self._hold(key, task)
             self._tasks[task.id] = task
@@ -263,6 +268,15 @@ class TaskRunner:
             with self._free:
                 del self._holders[container_id]
                 self._free.notify_all()
+
+    @property
+    def closing(self) -> bool:
+        """Tell whether the daemon is being stopped."""
+        return self._closing
+
+    def _is_brief(self, key: int | str) -> bool:
+        holder = self._holders.get(key, (None, ""))[0]
+        return holder is not None and holder.kind in _BRIEF_KINDS and not self._closing
 
     def wait_free(self, container_id: int) -> None:
         """Wait in this thread until nothing holds the container; another may take it before the caller."""

@@ -191,6 +191,10 @@ class Session:
         self._loop.after(0, lambda: _remove_groups(self._loop, self._groups))
         self._on_end(self)
 
+    def kill(self) -> None:
+        """End the program at once; its caller is told as of any other end."""
+        self._child.kill_group(_SIGKILL)
+
     def close(self) -> None:
         """Let go of the connection and of what the caller was to get."""
         self.let_go()

@@ -44,6 +44,8 @@ class Supervisor:
         self._sessions: set[Session] = set()
         self._subscribers: list[socket.socket] = []
         self._tickets: dict[str, tuple[float, dict]] = {}
+        # Who wants to be told when nothing works on a stopped container's files any more.
+        self._waiting: list[tuple[int, socket.socket]] = []
         # What the keeper told at our start: wait statuses by pid of processes an earlier supervisor had.
         self.exits: dict[int, int] = {}
         os.makedirs(where.consoles, mode=0o700, exist_ok=True)
@@ -133,6 +135,7 @@ class Supervisor:
         """Close a connection that no conversation owns any more."""
         if connection.fileno() >= 0:
             self._forget_subscriber(connection)
+            self._waiting = [entry for entry in self._waiting if entry[1] is not connection]
             self.loop.forget(connection.fileno())
             connection.close()
 
@@ -157,6 +160,13 @@ class Supervisor:
             )
         elif operation == "ticket":
             self._answer(connection, {"ticket": self._new_ticket(message["request"])})
+        elif operation == "working":
+            self._answer(connection, {"working": sorted(self._worked_on())})
+        elif operation == "idle":
+            if message.get("end"):
+                self._end_work(message["id"])
+            self._waiting.append((message["id"], connection))
+            self._tell_idle()
         elif operation == "signal":
             self._container(message["id"]).kill(message["signal"])
             self._answer(connection, {"ok": True})
@@ -195,6 +205,33 @@ class Supervisor:
                 f"cannot {verb} {container_id}: its files are being worked on", "try again in a moment"
             )
 
+    def _worked_on(self) -> "set[int]":
+        """Return the stopped containers whose files are being worked on, or may be with an unused ticket."""
+        now = time.monotonic()
+        tickets = [request for expires, request in self._tickets.values() if expires > now]
+        promised = {request["plan"]["container"] for request in tickets if request.get("plan")}
+        return promised | {session.volume_of for session in self._sessions if session.volume_of is not None}
+
+    def _tell_idle(self) -> None:
+        busy = self._worked_on() if self._waiting else ()
+        for container_id, connection in list(self._waiting):
+            if container_id not in busy:
+                self._waiting.remove((container_id, connection))
+                self._answer(connection, {"idle": container_id})
+
+    def _end_work(self, container_id: int) -> None:
+        """Take back the tickets for a stopped container's files, and kill what works on them."""
+        for ticket, (_, request) in list(self._tickets.items()):
+            if request.get("plan", {}).get("container") == container_id:
+                del self._tickets[ticket]
+        for session in self._sessions:
+            if session.volume_of == container_id:
+                session.kill()
+
+    def _end_session(self, session: Session) -> None:
+        self._sessions.discard(session)
+        self._tell_idle()
+
     def _status(self) -> dict:
         return {
             "version": __version__, "protocol": wire.PROTOCOL, "pid": os.getpid(), "started": self.started,
@@ -217,6 +254,8 @@ class Supervisor:
             raise Busy("cannot give a ticket: too many are unused", "try again in half a minute")
         ticket = os.urandom(16).hex()
         self._tickets[ticket] = (now + _TICKET_LIFE_S, request)
+        if request.get("plan"):
+            self.loop.after(_TICKET_LIFE_S, self._tell_idle)
         return ticket
 
     def _on_ticket_message(self, connection: socket.socket, message: dict, _fds: "list[int]") -> None:
@@ -244,12 +283,12 @@ class Supervisor:
 
     def _start_session(self, connection: socket.socket, handler, start) -> None:
         self.loop.forget(connection.fileno())
-        session = Session(self.loop, connection, self._sessions.discard)
+        session = Session(self.loop, connection, self._end_session)
         self._sessions.add(session)
         try:
             start(session)
         except BaseException:
-            self._sessions.discard(session)
+            self._end_session(session)
             session.let_go()
             self._watch(connection, handler)
             raise
@@ -355,11 +394,12 @@ class Supervisor:
             file.seek(0)
             state = json.load(file)
         self._tickets = {ticket: tuple(entry) for ticket, entry in state["tickets"].items()}
+        self.loop.after(_TICKET_LIFE_S, self._tell_idle)
         strays = {int(pid): pidfd for pid, pidfd in state["strays"].items()}
         for fd in (*strays.values(), *(fd for session in state["sessions"] for fd in Session.fds(session))):
             os.set_inheritable(fd, False)
         for session in state["sessions"]:
-            self._sessions.add(Session.resume(self.loop, session, self._sessions.discard))
+            self._sessions.add(Session.resume(self.loop, session, self._end_session))
         for pid, pidfd in strays.items():
             reap_later(self.loop, pid, pidfd)
 

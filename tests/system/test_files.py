@@ -3,8 +3,9 @@
 import hashlib
 import os
 import stat
+import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,44 @@ def test_two_copies_into_a_stopped_container_do_not_meet(shared_host: Node, tmp_
     # The second may be told to try again, never anything worse.
     assert (first.returncode, second.wait(60)) in ((0, 0), (0, 4), (4, 0))
     wait_until(lambda: shared_host.run("start", name, check=False).status == 0, what="its files are free")
+
+
+def test_files_on_their_way_hold_a_stopped_container(make_node: Callable[..., Node], tmp_path: Path) -> None:
+    """Nobody starts, snapshots or rolls it back meanwhile, over a restart of the daemon too."""
+    host = make_node("tiny")
+    name = create(host, "--disk", "64M", start=False)
+    host.run("snapshot", name, "before")
+    (tmp_path / "big").write_bytes(_CONTENT * 80)
+    host.run("push", str(tmp_path / "big"), f"{name}:/root/big")
+    # More than a pipe holds: the copy waits for whoever reads it.
+    pulling = host.popen("pull", f"{name}:/root/big", "-", stdout=subprocess.PIPE)
+    assert pulling.stdout.read(1) == _CONTENT[:1]
+    refused(host, 4, "(pull) is running", "snapshot", name, "between")
+    host.run("daemon", "restart")
+    for words in (("start", name), ("rollback", "--yes", name, "before")):
+        refused(host, 4, "(push) is running", *words)
+    assert pulling.stdout.read() == (_CONTENT * 80)[1:]
+    assert pulling.wait(60) == 0
+    # Its disk is let go of, and everything is possible again.
+    host.run("rollback", "--yes", name, "before")
+    mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
+    assert f" {host.layout.run}/storage/" not in mounts
+    host.run("start", name)
+
+
+def test_a_copy_is_ended_by_its_task(shared_host: Node, tmp_path: Path) -> None:
+    name = create(shared_host, start=False)
+    (tmp_path / "big").write_bytes(_CONTENT * 80)
+    shared_host.run("push", str(tmp_path / "big"), f"{name}:/root/big")
+    pulling = shared_host.popen(
+        "pull", f"{name}:/root/big", "-", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert pulling.stdout.read(1) == _CONTENT[:1]
+    running = [task for task in shared_host.json("task", "list") if task["kind"] == "pull"][-1]
+    shared_host.run("task", "cancel", running["id"])
+    shared_host.run("start", name)
+    pulling.stdout.read()
+    assert pulling.wait(60) == 1
 
 
 def test_a_password_is_set_running_and_stopped(shared_host: Node, container: str, tmp_path: Path) -> None:
