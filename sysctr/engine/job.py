@@ -61,16 +61,18 @@ class JobRunner:
         )  # fmt: skip
         return self._run(plan, stdin_fd, stdout_fd, task)
 
-    def run_builtin_on(self, directory: str, program: dict, task: Task | None = None) -> None:
+    def run_builtin_on(
+        self, directory: str, program: dict, task: Task | None = None, source: RootSpec | None = None
+    ) -> None:
         """Do one of the supervisor's own works on a directory, seen at /volume; raises SysctrError."""
-        plan = tool_job_plan(idmap=self.idmap, stage=self._stage, volume=directory, program=program)
+        plan = tool_job_plan(
+            idmap=self.idmap, stage=self._stage, volume=directory, program=program, source=source
+        )
         status = self._run(plan, None, None, task)
         if status:
             raise SysctrError(f"cannot {program['builtin']} files: the job ended with {status}")
 
-    def run_builtin(
-        self, container_id: int, root: RootSpec, program: dict, task: Task | None = None
-    ) -> None:
+    def run_builtin(self, container_id: int, root: RootSpec, program: dict, task: Task | None = None) -> None:
         """Do one of the supervisor's own works on a stopped container's files; raises SysctrError."""
         plan = volume_job_plan(container_id, root, self.idmap, self._stage, program)
         status = self._run(plan, None, None, task)

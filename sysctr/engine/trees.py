@@ -13,6 +13,10 @@ from sysctr.storage.base import RootSpec
 
 # What the scripts below end with when the disk is full; else they end as rsync does.
 _NO_SPACE = 28
+# What timeout(1) ends with. A container that stands still must go on, whatever it did to its files: a lease
+# (fcntl(2)) on one keeps who opens it waiting for 45 s.
+_TIMED_OUT = 124
+_LONGEST_PAUSE_S = 120
 # An upper's past, which means nothing in a copy of it (sysctr.runtime.layers.MARKS).
 _FILTERS = " ".join(f"--filter='-x user.overlay.{mark}'" for mark in ("origin", "impure", "uuid", "nlink"))
 _RSYNC = rf"""
@@ -90,7 +94,8 @@ class TreeWorker:
                 seen.seek(0)
                 # The clock that file systems use lags behind by up to a tick, and some keep whole seconds.
                 since = str(math.floor(changed_since_s - 0.05))
-                self._run(("sh", "-c", _UPDATE, "update", since), source, target, stdin_fd=seen.fileno())
+                argv = ("timeout", str(_LONGEST_PAUSE_S), "sh", "-c", _UPDATE, "update", since)
+                self._run(argv, source, target, stdin_fd=seen.fileno())
             return
         # Not beside the target: an image in which a file is open cannot be unmounted.
         seen = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed with self
@@ -99,10 +104,14 @@ class TreeWorker:
         if not source.lowers:
             self._jobs.run_builtin_on(target, {"builtin": "strip"}, self._task)
 
-    def merge(self, directory: str, layers: Sequence[str], target: str) -> None:
+    def merge(
+        self, directory: str, layers: Sequence[str], target: str, below: RootSpec | None = None
+    ) -> None:
         """Make `target` the union of overlay layers (top first) by hard links; all are below `directory`."""
-        program = {"builtin": "merge", "layers": list(layers), "target": target}
-        self._jobs.run_builtin_on(directory, program, self._task)
+        program = {
+            "builtin": "merge", "layers": list(layers), "target": target, "below": below is not None,
+        }  # fmt: skip
+        self._jobs.run_builtin_on(directory, program, self._task, below)
 
     def _run(
         self,
@@ -118,5 +127,10 @@ class TreeWorker:
         )
         if status == _NO_SPACE:
             raise NoSpace(f"cannot copy files: no space left on {target}")
+        if status == _TIMED_OUT:
+            raise SysctrError(
+                f"cannot copy files: what changed meanwhile took more than {_LONGEST_PAUSE_S} s",
+                "try again when the container writes less, or stop it",
+            )
         if status:
             raise SysctrError(f"cannot copy files: the job ended with {status}", "the task's log says why")

@@ -31,7 +31,8 @@ def merge(sync: socket.socket, program: dict) -> None:
     anew, with the owner, mode, times and attributes of the topmost.
     """
     layers = [os.open(f"/volume/{path}", _DIRECTORY) for path in program["layers"]]
-    union(layers, os.open(f"/volume/{program['target']}", _DIRECTORY))
+    below_fd = os.open("/source", _DIRECTORY) if program.get("below") else -1
+    union(layers, os.open(f"/volume/{program['target']}", _DIRECTORY), below_fd)
 
 
 def strip(sync: socket.socket, program: dict) -> None:
@@ -79,7 +80,7 @@ def _replace(old_fd: int, new_fd: int) -> int:
 class _Level:
     """A directory being made: which layers have it, by number, and which directories in it are to come.
 
-    In one that is `covered` nothing shows from below the run, because it or one above it is opaque.
+    One that is `covered` is in no layer below the run, or does not show it.
     """
 
     def __init__(self, layers: "list[int]", opaque: bool, covered: bool) -> None:
@@ -89,13 +90,15 @@ class _Level:
         self.waiting: list[tuple[str, list[int], bool]] = []
 
 
-def union(layers: "list[int]", target_fd: int) -> None:
+def union(layers: "list[int]", target_fd: int, below_fd: int = -1) -> None:
     """Fill the directory `target_fd` with the union of the layers, which are open directories; closes all.
+
+    `below_fd` is what shows below the layers, -1 for nothing.
 
     A layer that has no part in a directory waits, open, at the last one that it had a part in; the others go
     down with the walk and come back by "..". So there is one descriptor of each, however deep they go.
     """
-    levels = [_Level(list(range(len(layers))), False, False)]
+    levels = [_Level(list(range(len(layers))), False, below_fd < 0)]
     copies: dict[tuple[int, int], int] = {}
     _fill(levels[0], layers, target_fd, copies)
     while levels:
@@ -106,7 +109,17 @@ def union(layers: "list[int]", target_fd: int) -> None:
             target_fd = _replace(target_fd, os.open(name, _DIRECTORY, dir_fd=target_fd))
             for number in members:
                 layers[number] = _replace(layers[number], os.open(name, _DIRECTORY, dir_fd=layers[number]))
-            levels.append(_Level(members, opaque, opaque or level.covered))
+            covered = opaque or level.covered
+            if not covered:
+                try:
+                    below_fd = _replace(below_fd, os.open(name, _DIRECTORY, dir_fd=below_fd))
+                except (FileNotFoundError, NotADirectoryError):
+                    covered = True
+                except OSError as error:
+                    if error.errno != errno.ELOOP:
+                        raise
+                    covered = True
+            levels.append(_Level(members, opaque, covered))
             _fill(levels[-1], layers, target_fd, copies)
             continue
         # Last, because linking files into it changes its times, and it may be one that nobody may write to.
@@ -115,10 +128,12 @@ def union(layers: "list[int]", target_fd: int) -> None:
             os.setxattr(target_fd, OPAQUE, b"y")
         levels.pop()
         if levels:
+            if not level.covered:
+                below_fd = _replace(below_fd, os.open("..", _DIRECTORY, dir_fd=below_fd))
             target_fd = _replace(target_fd, os.open("..", _DIRECTORY, dir_fd=target_fd))
             for number in level.layers:
                 layers[number] = _replace(layers[number], os.open("..", _DIRECTORY, dir_fd=layers[number]))
-    for fd in (*layers, target_fd, *copies.values()):
+    for fd in (*layers, target_fd, *copies.values(), *([below_fd] if below_fd >= 0 else [])):
         os.close(fd)
 
 

@@ -80,8 +80,13 @@ class Worker(Protocol):
         differs or was written since then is copied again, what is gone is removed.
         """
 
-    def merge(self, directory: str, layers: Sequence[str], target: str) -> None:
-        """Make `target` the union of overlay layers (top first) by hard links; all are below `directory`."""
+    def merge(
+        self, directory: str, layers: Sequence[str], target: str, below: RootSpec | None = None
+    ) -> None:
+        """Make `target` the union of overlay layers (top first) by hard links; all are below `directory`.
+
+        What they hide of `below`, on which they stand, stays hidden.
+        """
 
 
 # Pauses a running container: entered for the moment in which its state is taken.

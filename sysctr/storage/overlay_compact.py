@@ -96,21 +96,21 @@ def _compact(layers: Layers, volume: str, worker: Worker) -> bool:
     done = False
     while True:
         with layers.records.lock, contextlib.ExitStack() as pins:
-            run, level = _choose(layers, volume)
+            run, level, below = _choose(layers, volume)
             if not run:
                 return done
             merged = layers.new_name(volume, run[0].partition("/")[0])
-            pins.enter_context(layers.pinned(volume, [*run, merged]))
+            pins.enter_context(layers.pinned(volume, [*run, merged, *below]))
             held = pins.pop_all()
         with held, layers.records.explained(f"merge layers of volume {volume}"):
-            _merge(layers, volume, run, merged, level, worker)
+            _merge(layers, volume, run, merged, level, below, worker)
             with layers.records.lock:
                 _rewrite(layers, volume, run, merged)
         done = True
 
 
-def _choose(layers: Layers, volume: str) -> tuple[tuple[str, ...], int]:
-    """Return the next run to merge, empty for none, and the level of what comes out."""
+def _choose(layers: Layers, volume: str) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """Return the next run to merge, empty for none, the level of what comes out, and what it stands on."""
     records = layers.records
     mine = _lists(layers, volume)
     everyone = list(mine)
@@ -122,11 +122,17 @@ def _choose(layers: Layers, volume: str) -> tuple[tuple[str, ...], int]:
     levels = {layer: _read_level(layers, volume, layer) for each in mine for layer in each}
     run = together(mine, everyone)
     if run:
-        return run, _level(run, levels)
+        return run, _level(run, levels), _below(run, mine)
     for each in sorted(mine, key=len, reverse=True):
         if len(each) > MOST_LAYERS and (run := oldest(each, levels)):
-            return run, _level(run, levels) + 1
-    return (), 0
+            return run, _level(run, levels) + 1, _below(run, mine)
+    return (), 0, ()
+
+
+def _below(run: tuple[str, ...], lists: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the layers below a run, in the first list that has it: in all they show the same."""
+    each = next(each for each in lists if run[-1] in each)
+    return each[each.index(run[-1]) + 1 :]
 
 
 def _lists(layers: Layers, volume: str) -> "list[tuple[str, ...]]":
@@ -147,7 +153,13 @@ def _read_level(layers: Layers, volume: str, layer: str) -> int:
 
 
 def _merge(
-    layers: Layers, volume: str, run: tuple[str, ...], merged: str, level: int, worker: Worker
+    layers: Layers,
+    volume: str,
+    run: tuple[str, ...],
+    merged: str,
+    level: int,
+    below: tuple[str, ...],
+    worker: Worker,
 ) -> None:
     path = layers.path(volume, merged)
     directory, name = os.path.split(path)
@@ -159,7 +171,8 @@ def _merge(
         for layer in run:
             layers.add_owners(path, layers.owners(layers.path(volume, layer)))
         names = [layer.partition("/")[2] for layer in run]
-        worker.merge(directory, [f"{each}/rootfs" for each in names], f"{name}/rootfs")
+        view = layers.view(volume, below) if below else None
+        worker.merge(directory, [f"{each}/rootfs" for each in names], f"{name}/rootfs", view)
         tree.sync_file_system(directory)
         fault.point("overlay.compact.merged")
         undo.pop_all()

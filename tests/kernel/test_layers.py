@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sysctr.engine.trees import TreeWorker
 from sysctr.linux.mount import mount, umount2
 from sysctr.runtime import layers
+from sysctr.storage.base import RootSpec, Tree
 from tests.disk import disk
 from tests.trees import describe, difference
 
@@ -25,14 +26,17 @@ pytestmark = [pytest.mark.root, pytest.mark.kernel, pytest.mark.needs("loop")]
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
 NAMES = ("a", "b", "with\nnewline", "ü" * 127)
-paths = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map("/".join)
+# Few, so that what happens in one layer often meets what happened in another.
+paths = st.one_of(
+    st.lists(st.sampled_from(NAMES[:2]), min_size=1, max_size=3), st.lists(st.sampled_from(NAMES), min_size=1)
+).map(lambda parts: "/".join(parts[:3]))
 modes = st.sampled_from([0o755, 0o700, 0o4750, 0o1777, 0o000])
 # What a container does to its files: most of it fails for one that is not there, as in life.
 actions = st.one_of(
     st.tuples(st.just("write"), paths, st.sampled_from([b"", b"one", b"two"])),
     st.tuples(st.just("mkdir"), paths),
-    st.tuples(st.just("remove"), paths),
-    st.tuples(st.just("replace"), paths),
+    *[st.tuples(st.just("remove"), paths)] * 3,
+    *[st.tuples(st.just("replace"), paths)] * 2,
     st.tuples(st.just("chmod"), paths, modes),
     st.tuples(st.just("chown"), paths),
     st.tuples(st.just("mark"), paths, st.sampled_from([b"1", b"2"])),
@@ -61,7 +65,11 @@ def act(top: str, kind: str, name: str, *rest: Any) -> None:
     """Do one thing to a tree; raises OSError where that cannot be done."""
     path = f"{top}/{name}"
     if kind == "write":
-        Path(path).write_bytes(rest[0])
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        # Not waiting for the reader of a FIFO.
+        file_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
+        os.write(file_fd, rest[0])
+        os.close(file_fd)
     elif kind == "mkdir":
         os.makedirs(path)
     elif kind in ("remove", "replace"):
@@ -110,12 +118,17 @@ def mounted(place: str, lowers: list[str], upper: str = "") -> Iterator[str]:
         umount2(target)
 
 
-def union(sources: list[str], target: str) -> None:
+def union(place: str, sources: list[str], target: str, below: list[str]) -> None:
     os.mkdir(target)
-    layers.union([os.open(each, DIRECTORY) for each in sources], os.open(target, DIRECTORY))
+    os.makedirs(f"{place}/nothing", exist_ok=True)
+    with mounted(
+        place, [*below, f"{place}/nothing"] if len(below) != 0 else [f"{place}/nothing", place]
+    ) as seen:
+        below_fd = os.open(seen, DIRECTORY) if below else -1
+        layers.union([os.open(each, DIRECTORY) for each in sources], os.open(target, DIRECTORY), below_fd)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     stack=st.lists(st.lists(actions, max_size=12), min_size=4, max_size=5),
     first=st.integers(0, 2),
@@ -142,7 +155,7 @@ def test_a_merged_chain_shows_the_same_tree(place, stack, first, count) -> None:
                 os.chmod(root, 0o700 + number)
             chain.insert(0, upper)
         run = chain[:-1][first : first + count]
-        union(run, f"{top}/merged")
+        union(place, run, f"{top}/merged", chain[first + len(run) :])
         with mounted(place, chain) as seen:
             wanted = describe(seen)
         with mounted(place, [*chain[:first], f"{top}/merged", *chain[first + len(run) :]]) as seen:
@@ -154,11 +167,46 @@ def test_a_merged_chain_shows_the_same_tree(place, stack, first, count) -> None:
         shutil.rmtree(top)
 
 
+@pytest.mark.parametrize("middle", ["whiteout", "file"])
+def test_what_a_directory_hid_stays_hidden_though_it_is_not_marked(place, middle) -> None:
+    layer = {name: f"{place}/{name}" for name in ("top", "middle", "bottom", "merged")}
+    os.makedirs(f"{layer['top']}/a")
+    os.mkdir(layer["middle"])
+    if middle == "file":
+        Path(layer["middle"], "a").write_text("")
+    else:
+        os.mknod(f"{layer['middle']}/a", 0o20000, 0)
+    os.makedirs(f"{layer['bottom']}/a/hidden")
+    with mounted(place, [layer["top"], layer["middle"], layer["bottom"]]) as seen:
+        assert os.listdir(f"{seen}/a") == []
+    union(place, [layer["top"], layer["middle"]], layer["merged"], [layer["bottom"]])
+    with mounted(place, [layer["merged"], layer["bottom"]]) as seen:
+        assert os.listdir(f"{seen}/a") == []
+    for path in layer.values():
+        shutil.rmtree(path)
+
+
+def test_what_came_and_went_within_a_run_leaves_no_name(place) -> None:
+    chain = [f"{place}/bottom"]
+    os.makedirs(f"{chain[0]}/a")
+    for kind in ("write", "remove"):
+        upper = f"{place}/{kind}"
+        os.mkdir(upper)
+        with mounted(place, chain, upper) as root:
+            act(root, kind, "a/new/deep/file", *[b""] * (kind == "write"))
+        chain.insert(0, upper)
+    union(place, chain[:2], f"{place}/merged", chain[2:])
+    with mounted(place, [f"{place}/merged", chain[-1]]) as seen:
+        assert os.listdir(f"{seen}/a/new/deep") == []
+    for path in (*chain, f"{place}/merged", f"{place}/write-work", f"{place}/remove-work"):
+        shutil.rmtree(path)
+
+
 def test_nothing_is_copied(place) -> None:
     for name, text in (("top", "x"), ("low", "y" * 8)):
         os.makedirs(f"{place}/{name}/d")
         Path(place, name, "d", name).write_text(text)
-    union([f"{place}/top", f"{place}/low"], f"{place}/one")
+    union(place, [f"{place}/top", f"{place}/low"], f"{place}/one", [f"{place}/low"])
     for name in ("top", "low"):
         assert os.stat(f"{place}/one/d/{name}").st_ino == os.stat(f"{place}/{name}/d/{name}").st_ino
     for name in ("top", "low", "one"):
@@ -181,7 +229,7 @@ def test_no_depth_is_too_much(place) -> None:
     for name, depth in (("top", 3000), ("low", 4000)):
         os.mkdir(f"{place}/{name}")
         deep(f"{place}/{name}", depth)
-    union([f"{place}/top", f"{place}/low"], f"{place}/one")
+    union(place, [f"{place}/top", f"{place}/low"], f"{place}/one", [f"{place}/low"])
     found = subprocess.run(
         ["find", f"{place}/one", "-type", "f", "-printf", "%d %f\n"],
         capture_output=True,
@@ -201,8 +249,8 @@ def test_a_file_with_as_many_names_as_can_be_is_copied(place) -> None:
     for name in ("file", "gone"):
         for number in range(64_998):
             os.link(f"{place}/top/{name}", f"{place}/top/many/{name}-{number}")
-    os.mkdir(f"{place}/low")
-    union([f"{place}/top", f"{place}/low"], f"{place}/one")
+    os.makedirs(f"{place}/low/many")
+    union(place, [f"{place}/top", f"{place}/low"], f"{place}/one", [f"{place}/low"])
     wanted, got = describe(f"{place}/top"), describe(f"{place}/one")
     # Which of them are one file has changed, and nothing else.
     for tree in (wanted, got):
@@ -233,7 +281,11 @@ def test_a_job_merges_with_the_containers_ids(place, jobs) -> None:
     Path(low, "etc/low").write_text("low")
     Path(low, "gone").write_text("gone")
     worker = TreeWorker(jobs)
-    worker.merge(f"{place}/uppers", ["101.aaaaaaaa/rootfs", "101.bbbbbbbb/rootfs"], "101.cccccccc/rootfs")
+    os.makedirs(f"{place}/base")
+    below = RootSpec((Tree("base", f"{place}/base", read_only=True),))
+    worker.merge(
+        f"{place}/uppers", ["101.aaaaaaaa/rootfs", "101.bbbbbbbb/rootfs"], "101.cccccccc/rootfs", below
+    )
     got = describe(f"{place}/uppers/101.cccccccc/rootfs")
     wanted = describe(top)
     wanted["etc/low"] = describe(low)["etc/low"]

@@ -197,8 +197,8 @@ class Between:
         if changed_since_s is None:
             self.after()
 
-    def merge(self, directory, layers, target) -> None:
-        self._worker.merge(directory, layers, target)
+    def merge(self, directory, layers, target, below=None) -> None:
+        self._worker.merge(directory, layers, target, below)
 
 
 def everything(root: str) -> None:
@@ -297,8 +297,10 @@ def test_pages_written_again_are_kept_though_no_time_of_their_file_changes(pool)
         file_fd = os.open(f"{root}/{name}", os.O_RDWR)
         files[name] = mmap.mmap(file_fd, 8192)
         os.close(file_fd)
-    # Dirty before all begins.
+    # Dirty since long before all begins.
     files["before"][0:5] = b"early"
+    dirty_s = os.stat(f"{root}/before").st_ctime
+    wait_until(lambda: _now_s(root) > dirty_s + 3, 10)
     worker = Between(pool.worker)
 
     def dirty() -> None:

@@ -25,7 +25,9 @@ class PlainWorker:
     def copy(self, source: RootSpec, target: str, *, changed_since_s: float | None = None) -> None:
         shutil.copytree(source.trees[0].path, target, dirs_exist_ok=True)
 
-    def merge(self, directory: str, layers: Sequence[str], target: str) -> None:
+    def merge(
+        self, directory: str, layers: Sequence[str], target: str, below: RootSpec | None = None
+    ) -> None:
         for layer in reversed(layers):
             shutil.copytree(f"{directory}/{layer}", f"{directory}/{target}", dirs_exist_ok=True)
 
