@@ -139,7 +139,10 @@ def _settings(doing: str, name: str, kind: str, path: str, low_space: str | None
 
 def _refuse_place(where: Layout, pools: Pools, doing: str, name: str, path: str) -> None:
     """Raise where a pool would be lost with something else, or something else with it."""
-    real = os.path.realpath(path)
+    try:
+        real = os.path.realpath(path)
+    except OSError as error:  # links of /proc, even to root
+        raise Refused(f"cannot {doing}: {path}: {(error.strerror or str(error)).lower()}") from error
     for place in (where.etc, where.run, where.log):
         if is_below(real, place) or is_below(place, real):
             raise Refused(f"cannot {doing}: {path} and {place}, where sysctr has its own files, would mix")

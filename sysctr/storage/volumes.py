@@ -371,7 +371,7 @@ class VolumeRecords:
             raise self._no_snapshot(volume, name) from error
         except SysctrError as error:
             reason = error.message.partition(": ")[2]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, OverflowError):  # JSON has integers of any size
             reason = "its record is damaged"
         except OSError as error:
             reason = f"its record cannot be read: {(error.strerror or str(error)).lower()}"
@@ -424,4 +424,7 @@ def _shared(data: "dict[str, Any]") -> "tuple[Parents, dict[str, Any], dict[str,
         if not isinstance(each, list) or [type(part) for part in each] not in ([str, float], [str, int]):
             raise ValueError("parents")
     own = {key: value for key, value in data.items() if key not in _SHARED}
-    return tuple((name, float(created)) for name, created in parents), note, own
+    try:
+        return tuple((name, float(created)) for name, created in parents), note, own
+    except OverflowError as error:
+        raise ValueError("parents") from error
