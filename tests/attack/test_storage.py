@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import signal
 import stat
 import struct
@@ -357,6 +358,59 @@ def test_a_limit_holds_whatever_the_room_is_taken_with(kept: Kept) -> None:
         assert (before.f_bfree - after.f_bfree) * after.f_frsize < 200 << 20, got
     output(kept.host, ref, "echo on")
     kept.host.run("destroy", ref, "--force", "--yes")
+
+
+# Copies of what leads out
+
+
+def test_what_is_made_of_a_container_never_follows_its_links(shared_host: Node, tmp_path: Path) -> None:
+    """Templates and clones are cleaned of an identity, in directories that the attacker made into links."""
+    host = shared_host
+    ref = create(host)
+    for name in ("log", "machine-id", "hostname", "x.gz"):
+        (tmp_path / name).write_text("the host's\n")
+
+    def lead_out() -> None:
+        for place in ("/var/log", "/tmp", "/root", "/etc"):
+            shutil.rmtree(place, ignore_errors=True)
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.symlink("../" * 10 + str(tmp_path)[1:], place)
+
+    inside(init_pid(host, ref), lead_out)
+    host.run("template", "create", ref, "evil")
+    done = host.run("clone", ref, "led-out", check=False)
+    assert done.status == 0 or "/etc" in done.err, done
+    host.run("create", "of-evil", "--template", "evil")
+    host.run("start", "of-evil", check=False)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("log", "machine-id", "hostname", "x.gz"), "the host's\n"
+    )
+    for name in (ref, "of-evil"):
+        host.run("destroy", name, "--force", "--yes")
+    host.run("template", "remove", "evil")
+
+
+def test_a_shared_volume_has_each_ones_own_ids(shared_host: Node) -> None:
+    host = shared_host
+    one, two = (create(host, "--mount", "volume=lent,target=/lent") for _ in range(2))
+
+    def plant() -> str:
+        shutil.copy("/bin/busybox", "/lent/su")
+        os.chmod("/lent/su", 0o4755)
+        try:
+            os.mknod("/lent/sda", 0o666 | stat.S_IFBLK, os.makedev(8, 0))
+        except PermissionError:
+            return "refused"
+        return "made"
+
+    assert inside(init_pid(host, one), plant) == "refused"
+    assert output(host, two, "stat -c %u:%a /lent/su") == "0:4755"
+    # On the disk it is the host's root's and setuid: nobody else may come near it.
+    assert stat.S_IMODE(os.stat(host.layout.pool).st_mode) == 0o700
+    # The other's mount has no setuid at all.
+    assert output(host, two, "grep ' /lent ' /proc/self/mounts | grep -c nosuid") == "1"
+    for ref in (one, two):
+        host.run("destroy", ref, "--force", "--yes")
 
 
 # Names and places
