@@ -147,7 +147,7 @@ class Disks:
         low = room.is_low(settings.low_space_percent)
         return shown | {
             "size_bytes": room.size_bytes, "free_bytes": room.free_bytes, "inodes": room.inodes or None,
-            "used_bytes": room.size_bytes - room.free_bytes,
+            "used_bytes": room.used_bytes,
             "free_inodes": room.free_inodes if room.inodes else None, "low": low,
         }  # fmt: skip
 

@@ -54,14 +54,15 @@ class Room:
     """What the file system of a pool has; `inodes` is 0 for one that makes them as it needs them."""
 
     size_bytes: int
-    free_bytes: int
+    used_bytes: int
+    free_bytes: int  # to us: less than what is not used, where blocks are reserved
     inodes: int
     free_inodes: int
 
     def is_low(self, percent: int, *, was_low: bool = False) -> bool:
         """Tell whether less than a share of the space or of the inodes is free.
 
-        >>> Room(1000, 105, 0, 0).is_low(10), Room(1000, 105, 0, 0).is_low(10, was_low=True)
+        >>> Room(1000, 800, 105, 0, 0).is_low(10), Room(1000, 800, 105, 0, 0).is_low(10, was_low=True)
         (False, True)
         """
         if was_low:
@@ -155,8 +156,10 @@ class Pools:
     def room(self, name: str) -> Room:
         """Return how much room the file system of a pool has; raises OSError."""
         facts = os.statvfs(self._find(name).settings.path)
+        block = facts.f_frsize
+        used_bytes = (facts.f_blocks - facts.f_bfree) * block
         return Room(
-            facts.f_blocks * facts.f_frsize, facts.f_bavail * facts.f_frsize, facts.f_files, facts.f_favail
+            facts.f_blocks * block, used_bytes, facts.f_bavail * block, facts.f_files, facts.f_favail
         )
 
     def is_low(self, name: str) -> bool:

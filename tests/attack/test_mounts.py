@@ -1,5 +1,6 @@
 """Mounts (security.md S1-S4, S14, S36, S37): nothing in a rootfs leads one outside, none can be widened."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -17,7 +18,8 @@ pytestmark = [pytest.mark.root, pytest.mark.needs("userns", "idmap", "overlay", 
 
 def upper_of(host: Node, ref: str) -> Path:
     """Return where the files of a stopped container are, as its root could have left them."""
-    return Path(f"{host.layout.pool}/volumes/{host.json('info', ref)['id']}/upper")
+    record = Path(f"{host.layout.pool}/volumes/{host.json('info', ref)['id']}/volume.json")
+    return Path(f"{host.layout.pool}/{json.loads(record.read_text())['upper']}/rootfs")
 
 
 def picture(directory: Path) -> list[tuple]:

@@ -47,11 +47,11 @@ def write_marker(path: Path, id_: str = ID) -> None:
 def test_low_is_less_than_a_share_and_ends_a_little_above(
     free: int, inodes: int, free_inodes: int, was_low: bool, low: bool
 ) -> None:
-    assert Room(1000, free, inodes, free_inodes).is_low(10, was_low=was_low) is low
+    assert Room(1000, 1000 - free, free, inodes, free_inodes).is_low(10, was_low=was_low) is low
 
 
 def test_nothing_is_lower_than_no_share() -> None:
-    assert not Room(1000, 0, 1000, 0).is_low(0)
+    assert not Room(1000, 1000, 0, 1000, 0).is_low(0)
 
 
 def test_a_pool_is_known_by_its_mark_and_not_by_its_path(where: Layout, tmp_path: Path) -> None:
