@@ -361,9 +361,14 @@ class Engine:
         check_name(name)
         return self.tasks.submit(
             "template-remove", None,
-            lambda _task: self._host.templates.remove(name, lambda: self._users(name)),
-            subject=f"template {name}",
+            lambda _task: self._remove_template(name), subject=f"template {name}",
         )  # fmt: skip
+
+    def _remove_template(self, name: str) -> None:
+        host = self._host
+        host.templates.remove(name, lambda: self._users(name))
+        host.pools.drop_bases(host.templates.list())
+        host.collect_soon()
 
     def template_build(self, recipe: str, name: str | None = None, settings: dict | None = None) -> Task:
         """Build a template from a recipe: the name of one that came with sysctr, or a file's path."""

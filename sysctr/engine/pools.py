@@ -212,6 +212,16 @@ class Pools:
             # Whoever needs it is told; containers in other pools do not.
             log.error("pool %s: %s", HOME, error)
 
+    def drop_bases(self, templates: "list[Template]") -> None:
+        """Take away what other pools have of templates that are gone."""
+        for name, driver in self.opened():
+            if name == HOME or self.problem(name):
+                continue
+            try:
+                driver.drop_bases(frozenset(self.base(one, "", name).layer for one in templates))
+            except (SysctrError, OSError) as error:
+                log.warning("pool %s: %s", name, error)
+
     def empty_trash(self) -> None:
         """Delete what was destroyed, in every pool that can be used."""
         for name in self.names():

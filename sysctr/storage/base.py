@@ -201,5 +201,8 @@ class Driver(Protocol):
     def users_of(self, layer: str) -> "list[str]":
         """Return the volumes that stand on the layer of a template and would break without it."""
 
+    def drop_bases(self, keep: "frozenset[str]") -> None:
+        """Take away the copies of templates that are not among the layers `keep` and that no volume needs."""
+
     def compact(self, volume: str, worker: Worker) -> None:
         """Merge layers that nobody needs one by one; takes as long as it takes, volumes in use stay so."""

@@ -399,6 +399,9 @@ class OverlayDriver:
             raise SysctrError(f"cannot tell who uses layer {layer}: records of volume {names} are damaged")
         return sorted(users)
 
+    def drop_bases(self, keep: "frozenset[str]") -> None:
+        """Do nothing: `empty_trash` takes away a copy that no volume stands on."""
+
     def compact(self, volume: str, worker: Worker) -> None:
         """Merge layers that nobody needs one by one, and the oldest where there are too many."""
         if overlay_compact.compact(self.layers, volume, worker):

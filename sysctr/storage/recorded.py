@@ -264,6 +264,13 @@ class RecordedDriver(ABC):
         """Return nothing: a volume has a copy of its own of the template."""
         return []
 
+    def drop_bases(self, keep: "frozenset[str]") -> None:
+        """Take away the copies of templates but for `keep`: what was made of them does not need them."""
+        with self._making_layer, self.records.explained("remove copies of templates"):
+            for name in os.listdir(self.layers):
+                if name not in keep:
+                    self.records.trash.throw(f"{self.layers}/{name}")
+
     def compact(self, volume: str, worker: Worker) -> None:  # noqa: B027 - a driver with layers has its own
         """Do nothing: there are no layers."""
 

@@ -53,6 +53,22 @@ def test_every_host_has_the_default_pool(shared_host: Node) -> None:
     assert "tiny" in shown["templates"]
 
 
+def test_a_pools_copy_of_a_template_goes_with_the_template(shared_host: Node, disk: str) -> None:
+    host = shared_host
+    pool = add(host, f"{disk}/copies")
+    template = new_name("golden")
+    host.run("template", "create", create(host, start=False), template)
+    name = create(host, "--pool", pool, template=template, start=False)
+    shown = host.json("pool", "show", pool)["templates"]
+    assert [layer.partition(".")[0] for layer in shown] == [template]
+    host.run("template", "remove", template)
+    assert host.json("pool", "show", pool)["templates"] == []
+    # What was made of it does not need it.
+    host.run("start", name)
+    host.run("destroy", name, "--yes", "--force")
+    host.run("pool", "remove", pool)
+
+
 def test_a_pool_keeps_containers_and_goes_when_it_is_empty(shared_host: Node, disk: str) -> None:
     host = shared_host
     pool = add(host, f"{disk}/a/b", "--low-space", "5%")
