@@ -56,13 +56,15 @@ def test_the_readme_leads_to_a_running_container_and_through_a_day(make_node, tm
     for command in daily_commands():
         # The rest of the table stops it, or needs files of the reader's own.
         if command[1] in ("exec", "logs", "freeze", "thaw", "set", "config", "push", "pull", "protect",
-                          "task", "info"):  # fmt: skip
+                          "task", "info", "snapshot", "snapshots", "diff", "clone", "df"):  # fmt: skip
             run(command)
             ran.append(command[1])
-    assert {"exec", "freeze", "thaw", "set", "push", "pull"} <= set(ran)
+    assert {"exec", "freeze", "thaw", "set", "push", "pull", "snapshot", "diff", "clone"} <= set(ran)
     assert host.run("exec", "web", "--", "cat", "/var/www/site/index.html").out == "hello\n"
     assert (tmp_path / "out" / "nginx").is_dir()
     assert host.run("destroy", "web", "--yes", "--force", check=False).status == 5, "it is protected"
     host.run("protect", "web", "--off")
+    run(["sysctr", "rollback", "web", "before", "--yes"])
+    host.wait("web", "booted")
     run(["sysctr", "shutdown", "web"])
     assert host.state("web") == "stopped"
