@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -137,7 +138,7 @@ class Driver(Protocol):
     def list_ids(self) -> list[int]: ...
 
 
-class Counter:
+class Counter(ABC):
     """The two questions of a driver about what containers use, answered by its `_usage`."""
 
     def usage(self, ct_id: int) -> Usage:
@@ -155,9 +156,9 @@ class Counter:
                 found[ct_id] = self._usage(ct_id)
         return found
 
+    @abstractmethod
     def _usage(self, ct_id: int) -> Usage:
         """Count one container; OSError for one without a cgroup."""
-        raise NotImplementedError
 
 
 _NEEDS = (

@@ -208,18 +208,13 @@ def plain_changes(changes: Mapping[str, object]) -> dict[str, Plain | None]:
     return plain
 
 
-def parse_net(text: str) -> dict[str, Plain | None]:
-    """Read a card as `name=eth0,bridge=br0,ip=10.0.0.2/24`; Proxmox's `hwaddr` and `gw` are understood.
-
-    >>> parse_net("eth0,gw=10.0.0.1")
-    {'name': 'eth0', 'gateway': '10.0.0.1'}
-    """
-    return parse_line("net.0", text)
-
-
 def parse_line(table: str, text: str) -> dict[str, Plain | None]:
     """Read a numbered table that is written on one line, as `net.0`, `mount.0` and `device.0` can be.
 
+    Of a card Proxmox's `hwaddr` and `gw` are understood.
+
+    >>> parse_line("net.0", "eth0,gw=10.0.0.1")
+    {'name': 'eth0', 'gateway': '10.0.0.1'}
     >>> parse_line("mount.0", "target=/data,size=8G"), parse_line("device.0", "fuse")
     ({'target': '/data', 'size': '8G'}, {'path': '/dev/fuse'})
     """

@@ -82,13 +82,7 @@ class Cloning:
         for note in notes:
             task.log(note)
         if spec.get("start"):
-            task.step("starting")
-            try:
-                self._lifecycle.start(task, number)
-            except SysctrError as error:
-                made = f"{record.title} was made and is kept: `sysctr start {number}`"
-                error.hint = f"{error.hint}\n{made}" if error.hint else made
-                raise
+            self._lifecycle.start_new(task, record)
         return {"id": number, "name": record.name, "source": source_id, "notes": notes}
 
     def _configuration(self, source: Record, spec: dict[str, Any]) -> tuple[str, list[str]]:

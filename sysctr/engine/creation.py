@@ -96,13 +96,7 @@ class Creation:
             undo.pop_all()
         host.bus.publish("container", id=number, change="created")
         if spec.get("start"):
-            task.step("starting")
-            try:
-                self._lifecycle.start(task, number)
-            except SysctrError as error:
-                made = f"{number} ({record.config.name}) was created and is kept: `sysctr start {number}`"
-                error.hint = f"{error.hint}\n{made}" if error.hint else made
-                raise
+            self._lifecycle.start_new(task, record)
         return {"id": number, "name": record.config.name}
 
     def destroy(self, task: Task, number: int, *, force: bool = False) -> None:

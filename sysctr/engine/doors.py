@@ -120,12 +120,13 @@ class Doors:
         try:
             self._host.supervisor.wait_idle(number, check)
         except Cancelled:
-            if tasks.closing:
-                raise
-            self._host.supervisor.wait_idle(number, end=True)
-            self._host.release(number)
+            if not tasks.closing:
+                self._host.supervisor.wait_idle(number, end=True)
             raise
-        self._host.release(number)
+        finally:
+            # A supervisor that does not answer has no jobs any more: they end with it.
+            if not tasks.closing:
+                self._host.release(number)
 
     def resume(self) -> None:
         """Hold the stopped containers whose files are being worked on since an earlier daemon."""

@@ -157,9 +157,8 @@ class Host:
             with contextlib.suppress(SysctrError):
                 for volume in driver.active():
                     number = owner(volume)
-                    used = self.live.running(number) or number in working
-                    used = used if number else self.mounts.is_used(name, volume)
-                    if not used:
+                    of_container = self.live.running(number) or number in working
+                    if not (of_container if number else self.mounts.is_used(name, volume)):
                         driver.deactivate(volume)
 
     def register_name(self, record: Record) -> None:

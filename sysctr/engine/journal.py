@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from sysctr.engine.state import Store
@@ -42,15 +41,6 @@ class Journal:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(number))
             files.sync_directory(self._store.layout.container_dir(number))
-
-    @contextlib.contextmanager
-    def noting(self, number: int, action: str, **facts: Any) -> Iterator[None]:
-        """Note an action while it is under way; an error undoes it before it leaves, so that ends it too."""
-        self.write(number, action, **facts)
-        try:
-            yield
-        finally:
-            self.clear(number)
 
     def pending(self) -> list[tuple[int, dict[str, Any]]]:
         """Return what was under way when the last daemon died; a damaged entry is logged and removed."""

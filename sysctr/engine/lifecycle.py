@@ -98,6 +98,16 @@ class Lifecycle:
                 self._tell_early_end(container_id)
         host.bus.publish("container", id=container_id, change="started")
 
+    def start_new(self, task: Task, record: Record) -> None:
+        """Start a container that was just made; if that fails, the error says that it is kept."""
+        task.step("starting")
+        try:
+            self.start(task, record.id)
+        except SysctrError as error:
+            made = f"{record.title} was created and is kept: `sysctr start {record.name}`"
+            error.hint = f"{error.hint}\n{made}" if error.hint else made
+            raise
+
     def _tell_early_end(self, container_id: int) -> None:
         """Raise with what became of an init that ended as soon as it ran, once all of it is put away."""
         host = self._host

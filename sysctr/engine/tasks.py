@@ -236,7 +236,8 @@ class TaskRunner:
             if self._closing:
                 raise NoDaemon(f"cannot {task.doing}: the daemon is being stopped", "try again in a moment")
             # Who copied files hears of its end from the supervisor, before the daemon has put it away.
-            self._free.wait_for(lambda: not self._is_brief(key), _PATIENCE_S)
+            if exclusive and not takes_over:
+                self._free.wait_for(lambda: not self._is_brief(key), _PATIENCE_S)
             if exclusive and key != "" and not (takes_over and key in self._holders):
                 self._hold(key, task)
             self._tasks[task.id] = task

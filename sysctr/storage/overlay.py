@@ -18,7 +18,8 @@ from typing import Any
 from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
 from sysctr.linux import fault
 from sysctr.storage import overlay_compact, overlay_copy, tree
-from sysctr.storage.base import Base, Pause, RootSpec, Snapshot, Traits, Tree, Worker
+from sysctr.storage.base import Base, Pause, RootSpec, Traits, Tree, Worker
+from sysctr.storage.kept import KeepsRecords
 from sysctr.storage.overlay_layers import Chain, Layers
 from sysctr.storage.sizes import Sizes
 from sysctr.storage.volumes import SnapshotRecord, VolumeRecord, VolumeRecords
@@ -31,7 +32,7 @@ _LAYER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,190}")
 _MOST_LAYERS = 48
 
 
-class OverlayDriver:
+class OverlayDriver(KeepsRecords):
     """The storage driver for a plain directory."""
 
     kind = "overlay"
@@ -144,14 +145,6 @@ class OverlayDriver:
             self.records.remove(volume)
         fault.point("overlay.destroy.thrown")
         self._sizes.forget(volume)
-
-    def exists(self, volume: str) -> bool:
-        """Tell whether the volume is there."""
-        return self.records.exists(volume)
-
-    def list(self) -> "list[str]":
-        """Return the names of all volumes, sorted."""
-        return self.records.list()
 
     def activate(self, volume: str) -> RootSpec:
         """Note that the volume's layers are in use, mount its image if it has one, and say how it is mounted.
@@ -267,26 +260,6 @@ class OverlayDriver:
         if self.layers.disks.exists(volume):
             self.layers.stale_disks.add(volume)
 
-    def snapshots(self, volume: str) -> "list[Snapshot]":
-        """Return the snapshots of a volume, oldest first; damaged ones are among them and say so."""
-        return self.records.snapshots(volume)
-
-    def parent(self, volume: str) -> str:
-        """Return the snapshot that the volume's content goes back to, empty for none."""
-        return self.records.parent(volume)
-
-    def set_snapshot_note(self, volume: str, name: str, note: Mapping[str, Any]) -> None:
-        """Replace what is kept with a snapshot."""
-        self.records.set_snapshot_note(volume, name, note)
-
-    def note(self, volume: str) -> "dict[str, Any]":
-        """Return what was kept with the volume itself; {} where there is nothing or it is damaged."""
-        return self.records.note(volume)
-
-    def set_note(self, volume: str, note: Mapping[str, Any]) -> None:
-        """Keep something with the volume."""
-        self.records.set_note(volume, note)
-
     def clone(
         self,
         volume: str,
@@ -338,10 +311,6 @@ class OverlayDriver:
         with pins, self.layers.mounted(volume, layers):
             self._check_layers(volume, layers)
             yield self.layers.view(volume, layers)
-
-    def size(self, volume: str) -> int | None:
-        """Return the limit of a volume in bytes; None without one."""
-        return self.records.size(volume)
 
     def resize(self, volume: str, size_bytes: int | None, worker: Worker) -> None:
         """Change a volume's limit; to grow from one to another it may be in use.

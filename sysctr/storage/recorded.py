@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 from sysctr.errors import SysctrError, UsageError, WrongState
 from sysctr.linux import fault
 from sysctr.storage import tree
-from sysctr.storage.base import Base, Pause, RootSpec, Snapshot, Traits, Worker
+from sysctr.storage.base import Base, Pause, RootSpec, Traits, Worker
+from sysctr.storage.kept import KeepsRecords
 from sysctr.storage.volumes import VolumeRecord, VolumeRecords
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _DISK = "disk"
 _LIMIT = "limit_bytes"
 
 
-class RecordedDriver(ABC):
+class RecordedDriver(KeepsRecords, ABC):
     """A storage driver but for how a disk is made, copied, limited and mounted."""
 
     kind: ClassVar[str]
@@ -152,14 +153,6 @@ class RecordedDriver(ABC):
         self.records.remove(volume)
         self._point("destroy.thrown")
 
-    def exists(self, volume: str) -> bool:
-        """Tell whether the volume is there."""
-        return self.records.exists(volume)
-
-    def list(self) -> "list[str]":
-        """Return the names of all volumes, sorted."""
-        return self.records.list()
-
     def snapshot(
         self, volume: str, name: str, note: Mapping[str, Any], worker: Worker, pause: Pause | None = None
     ) -> None:
@@ -217,26 +210,6 @@ class RecordedDriver(ABC):
         self._point("delete_snapshot.forgotten")
         self._discard(kept)
 
-    def snapshots(self, volume: str) -> "list[Snapshot]":
-        """Return the snapshots of a volume, oldest first; damaged ones are among them and say so."""
-        return self.records.snapshots(volume)
-
-    def parent(self, volume: str) -> str:
-        """Return the snapshot that the volume's content goes back to, empty for none."""
-        return self.records.parent(volume)
-
-    def set_snapshot_note(self, volume: str, name: str, note: Mapping[str, Any]) -> None:
-        """Replace what is kept with a snapshot."""
-        self.records.set_snapshot_note(volume, name, note)
-
-    def note(self, volume: str) -> "dict[str, Any]":
-        """Return what was kept with the volume itself; {} where there is nothing or it is damaged."""
-        return self.records.note(volume)
-
-    def set_note(self, volume: str, note: Mapping[str, Any]) -> None:
-        """Keep something with the volume."""
-        self.records.set_note(volume, note)
-
     def clone(
         self,
         volume: str,
@@ -256,10 +229,6 @@ class RecordedDriver(ABC):
             self._point("clone.recorded")
         self._point("clone.published")
 
-    def size(self, volume: str) -> int | None:
-        """Return the limit of a volume in bytes; None without one."""
-        return self.records.size(volume)
-
     def users_of(self, layer: str) -> "list[str]":
         """Return nothing: a volume has a copy of its own of the template."""
         return []
@@ -271,7 +240,7 @@ class RecordedDriver(ABC):
                 if name not in keep:
                     self.records.trash.throw(f"{self.layers}/{name}")
 
-    def compact(self, volume: str, worker: Worker) -> None:  # noqa: B027 - a driver with layers has its own
+    def compact(self, volume: str, worker: Worker) -> None:
         """Do nothing: there are no layers."""
 
     def _source(self, volume: str, snapshot: str, doing: str) -> tuple[str, int | None]:

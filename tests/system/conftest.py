@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.node import Node, TemplateStore
+from tests.system.pools import KINDS, Kept, host_keeping
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +23,16 @@ def tiny(shared_host: Node) -> str:
     """A running tiny container of the module's host, which no test stops or changes for good."""
     shared_host.run("create", "shared", "--template", "tiny", "--start")
     return "shared"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kept(
+    request: pytest.FixtureRequest, templates: TemplateStore, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Kept]:
+    """A host for the tests of this module, once for each storage driver."""
+    directory = tmp_path_factory.mktemp(request.param)
+    keep = request.config.getoption("keep")
+    with host_keeping(request.param, templates, directory, keep=keep) as one:
+        yield one
+        logs = one.host.logs()
+        assert "Traceback" not in logs, logs

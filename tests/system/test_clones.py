@@ -2,13 +2,11 @@
 
 import os
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
-from tests.node import TemplateStore
 from tests.system.guests import inside, new_name, refused, shell
-from tests.system.pools import KINDS, Kept, host_keeping
+from tests.system.pools import Kept
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("userns", "idmap", "overlay", "veth", "busybox", "loop")]
 
@@ -17,19 +15,6 @@ _IDENTITY = {
     "/etc/ssh_host_key_of_nobody": "stays\n",
     "/root/data": "data\n",
 }
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def kept(
-    request: pytest.FixtureRequest, templates: TemplateStore, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Kept]:
-    """A host for the tests of this module, once for each storage driver."""
-    directory = tmp_path_factory.mktemp(request.param)
-    keep = request.config.getoption("keep")
-    with host_keeping(request.param, templates, directory, keep=keep) as one:
-        yield one
-        logs = one.host.logs()
-        assert "Traceback" not in logs, logs
 
 
 def original(kept: Kept, *options: str) -> str:

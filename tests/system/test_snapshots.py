@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,23 +11,10 @@ import pytest
 from tests.disk import disk, fill
 from tests.node import Node, TemplateStore, kill
 from tests.system.guests import Terminal, inside, refused, shell
-from tests.system.pools import KINDS, Kept, host_keeping
+from tests.system.pools import Kept
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("userns", "idmap", "overlay", "veth", "busybox", "loop")]
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def kept(
-    request: pytest.FixtureRequest, templates: TemplateStore, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Kept]:
-    """A host for the tests of this module, once for each storage driver."""
-    directory = tmp_path_factory.mktemp(request.param)
-    keep = request.config.getoption("keep")
-    with host_keeping(request.param, templates, directory, keep=keep) as one:
-        yield one
-        logs = one.host.logs()
-        assert "Traceback" not in logs, logs
 
 
 def test_a_stopped_container_goes_back_to_any_snapshot_and_the_others_stay(kept: Kept) -> None:

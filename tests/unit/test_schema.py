@@ -270,7 +270,7 @@ def test_the_template_is_settled_at_creation() -> None:
 
 def test_a_card_is_read_from_one_line() -> None:
     text = "eth1,bridge=br0,gw=10.0.0.1,ip=10.0.0.2/24,hwaddr=02:00:00:00:00:01,mtu=1400"
-    assert schema.parse_net(text) == {
+    assert schema.parse_line("net.0", text) == {
         "name": "eth1", "bridge": "br0", "gateway": "10.0.0.1", "ip": "10.0.0.2/24",
         "mac": "02:00:00:00:00:01", "mtu": 1400,
     }  # fmt: skip
