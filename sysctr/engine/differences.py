@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-from sysctr.engine.job import JobRunner
+from sysctr.engine.job import SOURCE, JobRunner
 from sysctr.engine.tasks import Task
 from sysctr.errors import SysctrError
 from sysctr.storage.base import RootSpec
@@ -48,8 +48,9 @@ def _listed(jobs: JobRunner, view: RootSpec, scratch: str, task: Task) -> IO[byt
     listed = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - the caller's
     try:
         status = jobs.run_tool(
-            ["sh", "-c", _LIST, "list"], volume=volume, source=view, stdout_fd=listed.fileno(), task=task
-        )
+            ["sh", "-c", _LIST, "list"], volume=volume, views={SOURCE: view}, stdout_fd=listed.fileno(),
+            task=task,
+        )  # fmt: skip
         if status:
             raise SysctrError(
                 f"cannot list files: the job ended with {status}",

@@ -9,6 +9,8 @@ from sysctr.errors import SysctrError
 from sysctr.storage.base import RootSpec
 from sysctr.template.base import Task
 
+# Where a job sees the tree that it copies from.
+SOURCE = "/source"
 _OUTPUT_LIMIT_BYTES = 64 * 1024
 
 
@@ -33,21 +35,24 @@ class JobRunner:
         self,
         argv: Sequence[str],
         *,
-        volume: str,
+        volume: str = "",
         stdin_fd: int | None = None,
         stdout_fd: int | None = None,
+        stderr_fd: int | None = None,
         network: bool = False,
         host_view: bool = False,
         binds: Sequence[tuple[str, str]] = (),
         environment: Mapping[str, str] | None = None,
-        source: RootSpec | None = None,
+        volumes: Sequence[tuple[str, str]] = (),
+        views: Mapping[str, RootSpec] | None = None,
         task: Task | None = None,
     ) -> int:
         """Run one of the host's programs on the tree `volume`, seen at /volume, and return its exit status.
 
-        A `source` is seen at /source, read-only.
+        Further trees, `volumes` (path below it, directory), are mounted there, and `views` are seen
+        read-only at the paths that they name. Without a `volume` there is nothing at /volume.
 
-        What it says on standard error goes to the task's log.
+        What it says on standard error goes to the task's log, unless `stderr_fd` takes it.
         """
         if host_view:
             binds = [("/etc", "/etc"), *binds]
@@ -57,17 +62,18 @@ class JobRunner:
         }  # fmt: skip
         plan = tool_job_plan(
             idmap=self.idmap, stage=self._stage, volume=volume, program=program, binds=tuple(binds),
-            network=network, source=source,
+            network=network, volumes=tuple(volumes), views=views,
         )  # fmt: skip
-        return self._run(plan, stdin_fd, stdout_fd, task)
+        return self._run(plan, stdin_fd, stdout_fd, task, stderr_fd)
 
     def run_builtin_on(
         self, directory: str, program: dict, task: Task | None = None, source: RootSpec | None = None
     ) -> None:
         """Do one of the supervisor's own works on a directory, seen at /volume; raises SysctrError."""
         plan = tool_job_plan(
-            idmap=self.idmap, stage=self._stage, volume=directory, program=program, source=source
-        )
+            idmap=self.idmap, stage=self._stage, volume=directory, program=program,
+            views={SOURCE: source} if source else None,
+        )  # fmt: skip
         status = self._run(plan, None, None, task)
         if status:
             raise SysctrError(f"cannot {program['builtin']} files: the job ended with {status}")
@@ -79,7 +85,14 @@ class JobRunner:
         if status:
             raise SysctrError(f"cannot {program['builtin']} files: the job ended with {status}")
 
-    def _run(self, plan: dict, stdin_fd: int | None, stdout_fd: int | None, task: Task | None) -> int:
+    def _run(
+        self,
+        plan: dict,
+        stdin_fd: int | None,
+        stdout_fd: int | None,
+        task: Task | None,
+        stderr_fd: int | None = None,
+    ) -> int:
         null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         # A file, so that a program that says much never waits for a reader.
         words_fd = os.memfd_create("sysctr-job", os.MFD_CLOEXEC)
@@ -87,7 +100,7 @@ class JobRunner:
             stdio = (
                 null_fd if stdin_fd is None else stdin_fd,
                 words_fd if stdout_fd is None else stdout_fd,
-                words_fd,
+                words_fd if stderr_fd is None else stderr_fd,
             )
             bounded = {**plan, "cgroup": self._cgroup()}
             return self._supervisor.job(bounded, stdio, task.check if task else None)

@@ -1,6 +1,7 @@
 """Plans: a container's configuration and facts about the host turned into steps; nothing is touched."""
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sysctr.engine.mount_plan import Place, mount_plan
@@ -255,11 +256,14 @@ def tool_job_plan(
     binds: "tuple[tuple[str, str], ...]" = (),
     network: bool = False,
     tmp_size: str = "256m",
-    source: RootSpec | None = None,
+    volumes: "tuple[tuple[str, str], ...]" = (),
+    views: "Mapping[str, RootSpec] | None" = None,
 ) -> dict:
     """Return the plan of a job that runs the host's tools on a directory, seen at /volume.
 
-    A `source` is seen at /source, read-only.
+    `volumes` are further directories, mounted at paths below it, the outer ones first; those paths are made,
+    so they must be of a tree that nobody else has written to. `views` are seen read-only at the paths that
+    they name.
 
     Its root is a tmpfs with the host's /usr read-only: host tools, never a rootfs's own libraries. `binds`
     are further host paths (read-only) and their targets. With `network` it shares the host's network.
@@ -267,11 +271,17 @@ def tool_job_plan(
     sources = [{"tree": "usr", "path": "/usr"}, *device_sources()]
     sources += [{"tree": f"bind:{target}", "path": path, "optional": True} for path, target in binds]
     read_only = mount.MOUNT_ATTR_RDONLY | _NO_DEV
-    trees = [{"tree": "volume", "path": volume}]
-    view = []
-    if source is not None:
-        trees += root_trees(source, "source-")
-        view = view_steps(source, "/source", "source-")
+    places = [("volume", "/volume", volume)] if volume else []
+    places += [
+        (f"volume-{number}", f"/volume/{target.strip('/')}", path)
+        for number, (target, path) in enumerate(volumes)
+    ]
+    trees = [{"tree": name, "path": path} for name, _, path in places]
+    shown = []
+    for target, view in (views or {}).items():
+        prefix = f"{target.strip('/').replace('/', '-')}-"
+        trees += root_trees(view, prefix)
+        shown += view_steps(view, target, prefix)
     prepare = [
         steps.Stage(),
         steps.TmpfsRoot(),
@@ -285,8 +295,8 @@ def tool_job_plan(
             steps.HostBind(f"bind:{target}", target, attributes=read_only)
             for _, target in binds
         ],
-        steps.Bind("volume", "/volume", directory=True),
-        *view,
+        *[steps.Bind(name, target, directory=True) for name, target, _ in places],
+        *shown,
         steps.PivotRoot(shared=False),
     ]  # fmt: skip
     return {

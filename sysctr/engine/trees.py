@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from typing import IO
 
-from sysctr.engine.job import JobRunner, Task
+from sysctr.engine.job import SOURCE, JobRunner, Task
 from sysctr.errors import NoSpace, SysctrError
 from sysctr.storage.base import RootSpec
 
@@ -123,8 +123,9 @@ class TreeWorker:
         stdout_fd: int | None = None,
     ) -> None:
         status = self._jobs.run_tool(
-            argv, volume=target, source=source, task=self._task, stdin_fd=stdin_fd, stdout_fd=stdout_fd
-        )
+            argv, volume=target, views={SOURCE: source}, task=self._task, stdin_fd=stdin_fd,
+            stdout_fd=stdout_fd,
+        )  # fmt: skip
         if status == _NO_SPACE:
             raise NoSpace(f"cannot copy files: no space left on {target}")
         if status == _TIMED_OUT:

@@ -108,7 +108,8 @@ class RunJob(Protocol):
     """Runs a program with a container's ids, rooted beside the tree `volume`, without rights over the host.
 
     The job sees the host's /usr read-only, `volume` writable at /volume with ids shifted so that its root
-    owns as 0 on disk, and `binds` (host path, path inside) read-only. Without `network` it has none.
+    owns as 0 on disk, and `binds` (host path, path inside) read-only. `volumes` (path below /volume, tree)
+    are further trees that it may write. Without `network` it has none.
     """
 
     def __call__(
@@ -122,6 +123,7 @@ class RunJob(Protocol):
         host_view: bool = False,
         binds: Sequence[tuple[str, str]] = (),
         environment: Mapping[str, str] | None = None,
+        volumes: Sequence[tuple[str, str]] = (),
         task: "Task | None" = None,
     ) -> int:
         """Run to the end and return the exit status."""

@@ -26,6 +26,7 @@ def run_lines(
     network: bool = False,
     binds: Sequence[tuple[str, str]] = (),
     environment: Mapping[str, str] | None = None,
+    volumes: Sequence[tuple[str, str]] = (),
     task: Task,
 ) -> int:
     """Run `argv` as a job and return its exit status.
@@ -51,6 +52,7 @@ def run_lines(
                 network=network,
                 binds=tuple(binds),
                 environment=dict(environment or {}),
+                volumes=tuple(volumes),
                 task=task,
             )
         finally:

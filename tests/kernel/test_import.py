@@ -12,17 +12,19 @@ import time
 import pytest
 
 from sysctr.errors import NoSpace, NotFound, SysctrError, UsageError
-from sysctr.template import apt, archive, build, recipe
-from sysctr.template.archive import Limits, import_archive
+from sysctr.template import apt, build, recipe, unpack
+from sysctr.template.archive import import_archive
 from sysctr.template.build import MirrorUnreachable
 from sysctr.template.registry import Registry
 from sysctr.template.rootfs_check import NotARootfs
+from sysctr.template.unpack import Limits
 from tests import facts, rootfs
 from tests.disk import small_disk
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel]
 
-COMPRESSIONS = ["", "gz", "xz", pytest.param("bz2", marks=pytest.mark.needs("bzip2")), "zst"]
+COMPRESSIONS = ["", "gz", "xz", pytest.param("bz2", marks=pytest.mark.needs("bzip2")), "zst", "lzo"]
+_PROGRAMS = {"zst": "zstd", "lzo": "lzop"}
 
 
 class CancelledError(Exception):
@@ -87,10 +89,10 @@ def write(path: str, members: list[tuple[tarfile.TarInfo, bytes]], base: str = "
 
 
 def pack(path: str, busybox: str, compression: str, prefix: str = "") -> str:
-    if compression != "zst":
+    if compression not in _PROGRAMS:
         return rootfs.write_tarball(path, busybox, compression=compression, prefix=prefix)
     rootfs.write_tarball(path, busybox, prefix=prefix)
-    subprocess.run(["zstd", "--quiet", path, "-o", f"{path}.z"], check=True)
+    subprocess.run([_PROGRAMS[compression], "--quiet", path, "-o", f"{path}.z"], check=True)
     return f"{path}.z"
 
 
@@ -265,7 +267,7 @@ def test_a_bomb_stops_at_the_bound(tmp_path, registry, jobs, task) -> None:
         for _ in range(256):
             out.write(bytes(1024**2))
         out.write(bytes(1024))
-    limits = Limits(unpacked_bytes=archive.GIB // 16)
+    limits = Limits(unpacked_bytes=unpack.GIB // 16)
     with pytest.raises(SysctrError, match="unpacks to more than"):
         import_archive(registry, path, "one", run_job=jobs.run_tool, task=task, limits=limits)
     assert nothing_left(registry)
@@ -293,7 +295,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, registry, jobs, task, busybox, mon
     path = write(str(tmp_path / "a.tar"), [(member("./big"), bytes(8 * 1024**2))], busybox)
     with small_disk(registry.directory, 6144):
         # As if another writer took the space after it was looked at.
-        monkeypatch.setattr(archive, "_free_bytes", lambda directory: archive.GIB)
+        monkeypatch.setattr(unpack, "_free_bytes", lambda directory: unpack.GIB)
         with pytest.raises(NoSpace):
             import_archive(registry, path, "one", run_job=jobs.run_tool, task=task)
         assert nothing_left(registry)

@@ -55,7 +55,7 @@ def tool_job() -> dict:
     return plan.tool_job_plan(
         idmap=FACTS.idmap, stage="/run/stage", volume="/pool/layers/.new", program={"argv": ["tar"]},
         binds=(("/etc/resolv.conf", "/etc/resolv.conf"),), network=True,
-        source=ROOT,
+        views={"/source": ROOT},
     )  # fmt: skip
 
 
