@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from sysctr.config import kinds, schema, values
+from sysctr.config import backup, kinds, schema, values
+from sysctr.config.backup import BackupSettings
 from sysctr.config.table import Key, Plain, Section, Table
 from sysctr.errors import ConfigError
 
@@ -51,6 +52,7 @@ class Host:
     network: NetworkSettings
     ids: IdSettings
     defaults: Defaults
+    backup: BackupSettings
     log: LogSettings
 
 
@@ -67,6 +69,7 @@ def _default_limits() -> Iterator[Key]:
 
 _IDS = kinds.whole_kind(65536, 2**31 - 1)
 _POOL = kinds.text_kind("POOL", "a pool name", values.parse_name, may_be_empty=False)
+_BACKUP = {"mode": "snapshot", "compress": "zstd"}
 
 KEYS = (
     Key("network.bridge", kinds.INTERFACE, "", "restart", "bridge that sysctr makes; empty: sysctr0"),
@@ -77,6 +80,7 @@ KEYS = (
     Key("defaults.template", kinds.TEMPLATE, "", "live", "template of a new container"),
     Key("defaults.pool", _POOL, "default", "live", "pool that a new container is kept in"),
     *_default_limits(),
+    *backup.storing_keys("backup.", _BACKUP),
     Key("log.level", kinds.LEVEL, "info", "live", "least level that the daemon logs"),
 )
 
@@ -85,6 +89,7 @@ SECTIONS = (
     Section("network", "network", NetworkSettings),
     Section("ids", "ids", IdSettings),
     Section("defaults", "defaults", Defaults),
+    Section("backup", "backup", BackupSettings),
     Section("log", "log", LogSettings),
 )
 

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all: written beside, synced and renamed into place."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -48,6 +49,10 @@ def sync_directory(path: str) -> None:
     directory_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory_fd)
+    except OSError as error:
+        # Of a network file system that cannot (fsync(2)): its server decides when that is.
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(directory_fd)
 

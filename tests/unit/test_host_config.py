@@ -1,11 +1,12 @@
 """The settings of a host: defaults, errors as good as a container's, and a file that documents itself."""
 
 import doctest
+from dataclasses import replace
 
 import pytest
 import tomli
 
-from sysctr.config import host, toml
+from sysctr.config import backup, host, toml
 from sysctr.errors import ConfigError
 
 
@@ -14,6 +15,8 @@ def test_no_file_gives_the_defaults() -> None:
     assert settings.network.domain == "sysctr"
     assert settings.ids.count is None
     assert settings.defaults.pids == 4096
+    assert (settings.backup.mode, settings.backup.compress) == ("snapshot", "zstd")
+    assert not settings.backup.keep.says_anything
     assert settings.log.level == "info"
 
 
@@ -31,6 +34,12 @@ def test_all_settings_are_read() -> None:
         template = "debian-12"
         memory = "1G"
         cores = "0-1"
+        [backup]
+        directory = "/srv/backups"
+        compress = "gzip"
+        bwlimit = "50M"
+        keep_last = 3
+        keep_weekly = 4
         [log]
         level = "debug"
     """
@@ -43,6 +52,9 @@ def test_all_settings_are_read() -> None:
         "limits.memory": "1G",
         "limits.pids": 4096,
     }
+    assert (settings.backup.directory, settings.backup.mode) == ("/srv/backups", "snapshot")
+    assert (settings.backup.compress, settings.backup.bwlimit_bytes) == ("gzip", 50 << 20)
+    assert settings.backup.keep.rules == {"last": 3, "weekly": 4}
     assert settings.log.level == "debug"
 
 
@@ -56,6 +68,13 @@ def test_all_settings_are_read() -> None:
         ({"ids": {"first": 2**31 - 65536, "count": 131072}}, "ids.first"),
         ({"ids": {"first": 0}}, "ids.first"),
         ({"log": {"level": "loud"}}, "one of debug, info"),
+        ({"backup": {"mode": "fast"}}, "backup.mode: 'fast' is not one of snapshot, suspend, stop"),
+        ({"backup": {"mode": ""}}, "backup.mode: '' is not"),
+        ({"backup": {"compress": "xz"}}, "backup.compress: 'xz' is not one of zstd, gzip, lzo, none"),
+        ({"backup": {"directory": "nas"}}, "backup.directory: 'nas' is not an absolute path"),
+        ({"backup": {"keep_last": -1}}, "backup.keep_last: -1 is not a whole number from 0"),
+        ({"backup": {"keep-last": 1}}, "the nearest is backup.keep_last"),
+        ({"backup": {"bwlimit": 50}}, "backup.bwlimit: 50 is not 0 or a rate of 64K or more"),
         ({"defaults": {"memory": "lots"}}, "defaults.memory: 'lots' is not a size"),
         ({"xyzzy": 1}, "cannot accept xyzzy: no such key"),
         ({"net": {"0": {}}}, "cannot accept net"),
@@ -87,5 +106,19 @@ def test_the_file_that_shows_all_keys_changes_none() -> None:
     assert host.parse_host(mapping) == host.parse_host({})
 
 
-def test_the_examples_hold() -> None:
-    assert doctest.testmod(host).failed == 0
+def test_what_a_job_says_goes_before_what_the_host_says_and_rules_go_together() -> None:
+    ours = host.parse_host({"backup": {"keep_last": 3, "keep_daily": 7, "bwlimit": "1M"}}).backup
+    nothing = backup.BackupSettings("", "", "", None, *[None] * 6)
+    assert backup.in_force(nothing, ours) == ours
+    own = replace(nothing, directory="/nas", mode="stop", bwlimit_bytes=0, keep_weekly=2)
+    merged = backup.in_force(own, ours)
+    assert (merged.directory, merged.mode, merged.compress) == ("/nas", "stop", "zstd")
+    assert merged.bwlimit_bytes == 0
+    assert merged.keep.rules == {"weekly": 2}
+    # A rule of nothing is what keeps all.
+    assert backup.in_force(replace(nothing, keep_last=0), ours).keep.rules == {}
+
+
+@pytest.mark.parametrize("module", [host, backup])
+def test_the_examples_hold(module) -> None:
+    assert doctest.testmod(module).failed == 0
