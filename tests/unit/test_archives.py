@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sysctr.config.host import parse_host
@@ -148,14 +148,15 @@ def archive(made: float, number: int = 101, type_: str = "lxc", **fields: object
     return Archive("/srv", name, type_, number if type_ else None, made, **given_fields)  # type: ignore[arg-type]
 
 
-# Dense enough that periods meet: some days, across a change of the clock and a year's end.
-_TIMES = st.one_of(
-    st.integers(1761100000, 1761600000), st.integers(1767000000, 1767700000), st.integers(10**9, 2 * 10**9)
-).map(float)
+# Dense enough that periods meet, and where they cross: at a change of the clock, and where a week has days of
+# two months or years.
+_SPANS = [(1761100000, 1761600000), (1766900000, 1767700000), (1772000000, 1772600000), (10**9, 2 * 10**9)]
+_TIMES = st.sampled_from(_SPANS).flatmap(lambda span: st.lists(st.integers(*span).map(float), max_size=40))
 _KEEP = st.dictionaries(st.sampled_from(RULES), st.integers(0, 4))
 
 
-@given(st.lists(_TIMES, max_size=40), _KEEP)
+@given(_TIMES, _KEEP)
+@settings(max_examples=300)
 def test_pruning_is_as_proxmox_describes_it(times: list[float], rules: dict[str, int]) -> None:
     # The same moment twice is possible: as .tar.gz and as .tar.zst.
     found = []
@@ -170,7 +171,7 @@ def test_pruning_is_as_proxmox_describes_it(times: list[float], rules: dict[str,
 
 @given(
     st.lists(
-        st.tuples(_TIMES, st.integers(100, 102), st.sampled_from(["lxc", "openvz", ""]), st.booleans()),
+        st.tuples(st.integers(*_SPANS[1]).map(float), st.integers(100, 102), st.sampled_from(["lxc", "openvz", ""]), st.booleans()),
         unique_by=lambda one: one[:3], max_size=40,
     ),
     _KEEP,
