@@ -171,7 +171,10 @@ def test_pruning_is_as_proxmox_describes_it(times: list[float], rules: dict[str,
 
 @given(
     st.lists(
-        st.tuples(st.integers(*_SPANS[1]).map(float), st.integers(100, 102), st.sampled_from(["lxc", "openvz", ""]), st.booleans()),
+        st.tuples(
+            st.integers(*_SPANS[1]).map(float), st.integers(100, 102),
+            st.sampled_from(["lxc", "openvz", ""]), st.booleans(),
+        ),
         unique_by=lambda one: one[:3], max_size=40,
     ),
     _KEEP,
