@@ -29,9 +29,7 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
         try:
             # Not by open(): the umask would take its share.
             os.fchmod(file_fd, mode)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(file_fd, view) :]
+            write_all(file_fd, data)
             # Without this, ext4 may put the rename on disk before the content, and a crash leaves zeros.
             os.fsync(file_fd)
         finally:
@@ -42,6 +40,13 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
             os.unlink(temporary)
         raise
     sync_directory(directory)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write to a descriptor that may take less at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def sync_directory(path: str) -> None:

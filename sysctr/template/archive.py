@@ -4,10 +4,11 @@ import hashlib
 import os
 import stat
 
+from sysctr.linux.files import write_all
 from sysctr.storage import tree
 from sysctr.template.base import Made, RunJob, Source, Task, Template, check_name
 from sysctr.template.registry import Registry
-from sysctr.template.unpack import CHUNK_BYTES, HEAD_BYTES, Limits, detect, open_archive, unpack, write_all
+from sysctr.template.unpack import CHUNK_BYTES, HEAD_BYTES, Limits, detect, open_archive, unpack
 
 
 def import_archive(
@@ -60,9 +61,12 @@ def _feed(archive_fd: int, fd: int, digest: "hashlib._Hash", task: Task) -> None
         task.check()
         digest.update(data)
         done += len(data)
-        if listening:
+        try:
+            if listening:
+                write_all(fd, data)
+        except BrokenPipeError:
             # Whatever follows the end of the archive is not unpacked, but belongs to the file's digest.
-            listening = write_all(fd, data)
+            listening = False
         task.progress(done, total)
 
 

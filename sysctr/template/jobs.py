@@ -1,15 +1,19 @@
-"""Runs one job with its output read line by line and its input fed, and says how it ended."""
+"""Runs one job whose streams are fed and read by threads of this side, and says how it ended."""
 
 import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sysctr.template.base import RunJob, Task
 
 _LINE_MAX_BYTES = 64 * 1024
 # The interpreter ignores SIGPIPE and a child inherits that; a pipeline that is cut short needs the default.
 _PLAIN_SIGNALS = ["env", "--default-signal=PIPE"]
+
+# Reads or writes this side's end of one of a job's streams.
+Stream = Callable[[int], None]
 
 
 class StopReading(Exception):
@@ -35,35 +39,49 @@ def run_lines(
     them to standard output. `feed` writes the job's input to the descriptor it is given, in a thread of its
     own, and gets BrokenPipeError when the job has ended. An exception of either is raised here.
     """
+    return run_connected(
+        run_job, argv, stdin=feed, stdout=line_reader(on_line), volume=volume, network=network,
+        binds=tuple(binds), environment=dict(environment or {}), volumes=tuple(volumes), task=task,
+    )  # fmt: skip
+
+
+def run_connected(
+    run_job: Callable[..., int],
+    argv: Sequence[str],
+    *,
+    stdin: Stream | None = None,
+    stdout: Stream | None = None,
+    stderr: Stream | None = None,
+    **options: Any,
+) -> int:
+    """Run `argv` as a job and return its exit status; each stream's function has a thread of its own.
+
+    It gets the descriptor of this side's end, which is closed when it returns. What it raises is raised here
+    when the job has ended; BrokenPipeError and StopReading are no error.
+    """
+    streams = (("stdin_fd", stdin), ("stdout_fd", stdout), ("stderr_fd", stderr))
     with contextlib.ExitStack() as stack:
-        output_read, output_write = _pipe(stack)
-        input_read, input_write = _pipe(stack) if feed else (None, None)
-        threads = [_Worker("job-output", lambda: _read_lines(output_read, on_line))]
-        if feed and input_write is not None:
-            threads.append(_Worker("job-input", lambda: _feed_and_close(feed, input_write)))
+        theirs: dict[str, _End] = {}
+        threads = []
+        for name, function in streams:
+            if function is not None:
+                read_end, write_end = _pipe(stack)
+                ours, theirs[name] = (write_end, read_end) if name == "stdin_fd" else (read_end, write_end)
+                threads.append(_Worker(f"job-{name}", function, ours))
         for thread in threads:
             thread.start()
         try:
             status = run_job(
-                [*_PLAIN_SIGNALS, *argv],
-                volume=volume,
-                stdin_fd=input_read.fd if input_read else None,
-                stdout_fd=output_write.fd,
-                network=network,
-                binds=tuple(binds),
-                environment=dict(environment or {}),
-                volumes=tuple(volumes),
-                task=task,
+                [*_PLAIN_SIGNALS, *argv], **{name: end.fd for name, end in theirs.items()}, **options
             )
         finally:
-            # Our copies of the job's ends: only now can the reader see the end and the feeder the break.
-            output_write.close()
-            if input_read:
-                input_read.close()
+            # Our copies of the job's ends: only now can the readers see the end and the feeder the break.
+            for end in theirs.values():
+                end.close()
             for thread in threads:
                 thread.join()
     for thread in threads:
-        if thread.error is not None and not isinstance(thread.error, StopReading):
+        if thread.error is not None and not isinstance(thread.error, StopReading | BrokenPipeError):
             raise thread.error
     return status
 
@@ -91,38 +109,35 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[_End, _End]:
 
 
 class _Worker(threading.Thread):
-    """A thread whose exception is kept for the one who waits for it."""
+    """Serves one stream; its exception is kept for the one who waits for it."""
 
-    def __init__(self, name: str, work: Callable[[], None]) -> None:
+    def __init__(self, name: str, work: Stream, end: _End) -> None:
         super().__init__(name=name, daemon=True)
         self._work = work
+        self._end = end
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._work()
+            self._work(self._end.fd)
         except BaseException as error:
+            # Of a broken pipe: the job ended early, and its status and its words say why.
             self.error = error
+        finally:
+            self._end.close()
 
 
-def _read_lines(end: _End, on_line: Callable[[str], None]) -> None:
-    rest = b""
-    try:
-        while data := os.read(end.fd, 65536):
+def line_reader(on_line: Callable[[str], None]) -> Stream:
+    """Return a stream's function that hands on each line of what the job says."""
+
+    def read(fd: int) -> None:
+        rest = b""
+        while data := os.read(fd, 65536):
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 on_line(line.decode(errors="replace"))
             rest = rest[-_LINE_MAX_BYTES:]
         if rest:
             on_line(rest.decode(errors="replace"))
-    finally:
-        end.close()
 
-
-def _feed_and_close(feed: Callable[[int], None], end: _End) -> None:
-    try:
-        feed(end.fd)
-    except BrokenPipeError:
-        pass  # the job ended early; its status and its words say why
-    finally:
-        end.close()
+    return read

@@ -66,6 +66,10 @@ _TAR = (
     "--verbose", "--block-number", "--quoting-style=escape",
     "--warning=no-timestamp", "--warning=no-unknown-keyword",
 )  # fmt: skip
+_LIST = (
+    "tar", "--list", "--file=-", "--block-number", "--quoting-style=escape", "--warning=no-timestamp",
+    "--warning=no-unknown-keyword",
+)  # fmt: skip
 
 _MEMBER = re.compile(r"block \d+: (?!tar: |\*\* )")
 _LEFT_OUT = re.compile(r"tar: (?P<name>.*): Cannot mknod: Operation not permitted")
@@ -166,15 +170,37 @@ def unpack(
     return outcome
 
 
-def write_all(fd: int, data: bytes) -> bool:
-    """Write to a job; False when it reads no more: what follows the end of an archive is not unpacked."""
-    view = memoryview(data)
-    try:
-        while view:
-            view = view[os.write(fd, view) :]
-    except BrokenPipeError:
-        return False
-    return True
+def examine(
+    codec: str,
+    feed: Callable[[int], None],
+    *,
+    doing: str,
+    run_job: RunJob,
+    task: Task,
+    on_member: Callable[[str], None],
+    limits: Limits | None = None,
+) -> Outcome:
+    """Read what `feed` writes as `unpack` would and write nothing; each member's name goes to `on_member`."""
+    limits = limits or Limits()
+    outcome = Outcome()
+
+    def take(line: str) -> None:
+        _take_line(line, outcome, limits)
+        if _MEMBER.match(line):
+            on_member(line.partition(": ")[2])
+
+    status = run_lines(
+        run_job,
+        ["bash", "-c", _PIPELINE, "examine", str(limits.unpacked_bytes), codec, *_LIST],
+        volume="",
+        on_line=take,
+        feed=feed,
+        environment={"LC_ALL": "C.UTF-8"},
+        task=task,
+    )
+    task.check()
+    _judge(outcome, status, codec, doing, limits, "")
+    return outcome
 
 
 def _free_bytes(directory: str) -> int:
