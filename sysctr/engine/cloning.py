@@ -71,7 +71,7 @@ class Cloning:
             host.network.ensure()
             host.network.enroll(number, record.config.name, record.config.nets)
             fault.point("clone.enrolled")
-            self._renew(task, record)
+            renew(host, record, task)
             fault.point("clone.renewed")
             task.check()
             host.store.create(record)
@@ -151,19 +151,6 @@ class Cloning:
             finally:
                 target_driver.deactivate(target)
 
-    def _renew(self, task: Task, record: Record) -> None:
-        """Take the original's identity out of the clone's files."""
-        host = self._host
-        task.step("giving it an identity of its own")
-        template = host.template_of(record)
-        # Templates of ours bring their own way to make host keys at the first boot.
-        ours = template is not None and template.source.kind == "recipe"
-        systemd = template is not None and template.init_kind == "systemd" and not ours
-        root = host.activate(record)
-        try:
-            host.jobs_for(record).run_builtin(record.id, root, setup_work(systemd=systemd), task)
-        finally:
-            host.driver(record).deactivate(record.volume)
 
     def template(
         self, task: Task, number: int, name: str, *, snapshot: str = "", description: str = ""
@@ -200,6 +187,20 @@ class Cloning:
                 f"cannot make a template of {source.id}: cleaning it up ended with {status}",
                 "the task's log says why",
             )
+
+
+def renew(host: Host, record: Record, task: Task) -> None:
+    """Take the original's identity out of the files of a copy that does not run."""
+    task.step("giving it an identity of its own")
+    template = host.template_of(record)
+    # Templates of ours bring their own way to make host keys at the first boot.
+    ours = template is not None and template.source.kind == "recipe"
+    systemd = host.guest_of(record).init_kind == "systemd" and not ours
+    root = host.activate(record)
+    try:
+        host.jobs_for(record).run_builtin(record.id, root, setup_work(systemd=systemd), task)
+    finally:
+        host.driver(record).deactivate(record.volume)
 
 
 def _made(source: Record, known: Template | None, description: str) -> Made:

@@ -76,7 +76,7 @@ class Creation:
                 record.volume, base, host.worker(record, task), size_bytes=record.config.limits.disk_bytes
             )
             undo.callback(driver.destroy, record.volume)
-            record = _with_limit(record, disk_limit(host, record))
+            record = with_limit(record, disk_limit(host, record))
             host.mounts.prepare(record, None, undo, task)
             undo.callback(host.network.release, number)
             host.network.ensure()
@@ -174,7 +174,7 @@ class Creation:
         check_enforceable(record.id, limits_of(record), host.cgroups.available)
 
 
-def _with_limit(record: Record, size_bytes: int | None) -> Record:
+def with_limit(record: Record, size_bytes: int | None) -> Record:
     """Let the configuration say which limit a disk has that cannot be without one."""
     if size_bytes is None or record.config is None or record.config.limits.disk_bytes is not None:
         return record

@@ -17,7 +17,7 @@ from sysctr.engine.live import Live, LiveTable
 from sysctr.engine.mounts import Mounts
 from sysctr.engine.plan import Idmap
 from sysctr.engine.pools import HOME, Pools
-from sysctr.engine.record import Record
+from sysctr.engine.record import Guest, Record
 from sysctr.engine.state import Store
 from sysctr.engine.supervisor import SupervisorClient
 from sysctr.engine.tasks import Task, TaskRunner
@@ -109,8 +109,21 @@ class Host:
         """Read the settings again; what needs a restart of the daemon keeps its old value until then."""
         self.settings = read_settings(self.where)
 
+    def guest_of(self, record: Record) -> Guest:
+        """Return what is known of the distribution inside a container."""
+        if record.guest is not None:
+            return Guest(**record.guest)
+        template = self.template_of(record)
+        if template is None:
+            return Guest()
+        return Guest(
+            template.init, template.init_kind, template.stop_signal, template.arch, template.os_id
+        )
+
     def template_of(self, record: Record) -> Template | None:
-        """Return the template a container was made from; None where its record cannot be read."""
+        """Return the template a container was made from; None for none, or one that cannot be read."""
+        if not record.template:
+            return None
         if record.template not in self._templates:
             try:
                 self._templates[record.template] = self.templates.get(record.template)

@@ -142,7 +142,6 @@ class Lifecycle:
 
     def _facts(self, record: Record) -> ContainerFacts:
         host = self._host
-        template = host.template_of(record)
         config = record.config
         addresses = host.network.addresses(record.id)
         nameservers = config.dns.nameservers or host.network.nameservers()
@@ -153,7 +152,7 @@ class Lifecycle:
             idmap=Idmap(record.idmap_first, record.idmap_count),
             root=host.activate(record),
             stage=host.stage,
-            init=(config.init or (template.init if template else "") or "/sbin/init",),
+            init=(config.init or host.guest_of(record).init or "/sbin/init",),
             environment=dict(config.environment),
             seccomp=host.seccomp,
             host_os_release=host.os_release,
@@ -313,12 +312,11 @@ class Lifecycle:
                     return True
 
     def _halt_signal(self, container_id: int) -> int:
-        """Return the signal the container's configuration or template names, 0 for none."""
+        """Return the signal that the container's configuration or distribution names, 0 for none."""
         record = self._host.store.load(container_id)
-        template = self._host.template_of(record)
-        # Another init than the template's own expects another signal.
-        of_template = template.stop_signal if template and not (record.config and record.config.init) else ""
-        name = (record.config.stop_signal if record.config else "") or of_template
+        # Another init than the distribution's own expects another signal.
+        own = "" if record.config and record.config.init else self._host.guest_of(record).stop_signal
+        name = (record.config.stop_signal if record.config else "") or own
         return signal_number(name) if name else 0
 
     def _kill(self, live: Live) -> None:

@@ -30,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "boot_config": (str,),
     "addresses": (list,),
     "exit": (dict, type(None)),
+    "guest": (dict, type(None)),
 }
 _REQUIRED = ("id", "uuid", "name", "created", "idmap_first", "idmap_count")
 
@@ -53,6 +54,19 @@ class Saved:
     addresses: tuple[str, ...] = ()
     # How it ended last: {"reason": "halt", "status": 0}.
     exit: dict[str, Any] | None = None
+    # What is in a rootfs that was made of no template here: the fields of Guest.
+    guest: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Guest:
+    """What is known of the distribution inside: its init, how that is shut down, and what it is called."""
+
+    init: str = ""
+    init_kind: str = ""
+    stop_signal: str = ""
+    arch: str = ""
+    os_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,6 +164,11 @@ def parse_record(number: int, data: bytes) -> Saved:
         raise ConfigError(f"it is that of {shown(known['id'])}")
     if not known["uuid"] or known["idmap_first"] <= 0 or known["idmap_count"] <= 0:
         raise ConfigError("it has no identity")
+    guest = known.get("guest") or {}
+    if not guest.keys() <= Guest.__dataclass_fields__.keys() or not all(
+        isinstance(value, str) for value in guest.values()
+    ):
+        raise ConfigError(f"guest is {shown(guest)}")
     addresses = known.get("addresses", [])
     if not all(isinstance(address, str) for address in addresses):
         raise ConfigError(f"addresses is {shown(addresses)}")

@@ -6,6 +6,7 @@ are enough to have every container back when lib/containers or etc/containers is
 
 import json
 import logging
+import re
 import threading
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,9 @@ from sysctr.errors import ConfigError, NotFound, SysctrError
 from sysctr.storage.base import Driver
 
 log = logging.getLogger(__name__)
+
+# A container's number, and behind it how often one was restored in the place of another.
+_ROOT = re.compile(r"[0-9]+(-[0-9]+)?")
 
 # What a start or an end changes says nothing about a container that is to be rebuilt.
 _PASSING: dict[str, Any] = {"boot_config": "", "addresses": (), "exit": None}
@@ -77,6 +81,7 @@ class Recovery:
         """
         recovered: list[dict[str, Any]] = []
         problems: list[str] = []
+        found: dict[int, list[tuple[str, Driver, str]]] = {}
         host = self._host
         whole = {record.id for record in host.store.list() if not record.error}
         for pool in host.pools.names():
@@ -88,12 +93,16 @@ class Recovery:
                 continue
             for volume in volumes:
                 number = owner(volume)
-                if not number or volume != str(number) or number in whole | host.store.reserved():
-                    continue
-                try:
-                    recovered.append(self._rebuild(driver, volume, dry_run=dry_run))
-                except SysctrError as error:
-                    problems.append(f"pool {pool}, volume {volume}: {error.message}")
+                if _ROOT.fullmatch(volume) and number not in whole | host.store.reserved():
+                    found.setdefault(number, []).append((pool, driver, volume))
+        for number in sorted(found):
+            # Of two, one has replaced the other, which a crash kept from being destroyed. One that was only
+            # going to has no note yet.
+            pool, driver, volume = max(found[number], key=lambda one: _generation(one[1].note(one[2])))
+            try:
+                recovered.append(self._rebuild(driver, volume, dry_run=dry_run))
+            except SysctrError as error:
+                problems.append(f"pool {pool}, volume {volume}: {error.message}")
         return {"recovered": recovered, "problems": problems, "dry_run": dry_run}
 
     def _rebuild(self, driver: Driver, volume: str, *, dry_run: bool) -> dict[str, Any]:
@@ -148,13 +157,14 @@ class Recovery:
 
     def _left_in(self, record: Record) -> list[str]:
         try:
-            driver = self._host.driver(record)
-            kept = {one.name for one in self._snapshots.all(record)}
-            hidden = {one.name for one in driver.snapshots(record.volume)} - kept
-            half = [(volume, name) for _, volume, name in self._snapshots.half_made(record)]
+            half = self._snapshots.half_made(record)
         except SysctrError:
             return []
-        return [
-            f"snapshot {name} of volume {volume} was made halfway"
-            for volume, name in [*((record.volume, name) for name in sorted(hidden)), *half]
-        ]
+        return [f"snapshot {name} of volume {volume} was made halfway" for _, volume, name in half]
+
+
+def _generation(note: dict[str, Any]) -> int:
+    """Return the generation in a volume's note, 0 for one without."""
+    record = note.get("record")
+    generation = record.get("generation") if isinstance(record, dict) else None
+    return generation if isinstance(generation, int) else 0

@@ -53,7 +53,6 @@ class View:
             "disk_used_bytes": self._disk_used(record), "disk_limit_bytes": disk_limit(self._host, record),
             "config_file": self._host.where.container_config(record.id),
         }  # fmt: skip
-        template = self._host.template_of(record)
         if config is not None:
             flat = schema.TABLE.dump(config)
             detail |= {
@@ -67,7 +66,7 @@ class View:
                     }
                     for n in config.nets
                 ],
-                "environment": config.environment, "init": config.init or (template.init if template else ""),
+                "environment": config.environment, "init": config.init or self._host.guest_of(record).init,
             }  # fmt: skip
         if self._host.live.running(record.id):
             detail["usage"] = self.usage(record)
@@ -153,8 +152,7 @@ class View:
 
     def tells_ready(self, record: Record) -> bool:
         """Tell whether the container's init is one that says when it is ready."""
-        template = self._host.template_of(record)
-        return template is not None and template.init_kind == "systemd"
+        return self._host.guest_of(record).init_kind == "systemd"
 
     def _veth(self, container_id: int, index: int) -> str:
         return self._host.where.veth(container_id, index)

@@ -164,6 +164,14 @@ class Network:
                     self._find_bridge(owner, nic)
                 self._refuse_unmanaged(owner, nic)
 
+    def bridges(self) -> frozenset[str]:
+        """Return the names of the bridges of this host, sysctr's own among them."""
+        with self._lock, _failing("look for bridges"):
+            return self._bridges()
+
+    def _bridges(self) -> frozenset[str]:
+        return frozenset(link.name for link in links.listing(self._route) if link.kind == "bridge")
+
     def release(self, ct_id: int, nic: int | None = None) -> None:
         """Give back the addresses of a container, or of one of its NICs, and forget its names."""
         self._addresses.release(ct_id, nic)
@@ -289,7 +297,7 @@ class Network:
         bridge = links.find(self._route, name)
         if bridge is not None and bridge.kind == "bridge":
             return bridge
-        known = sorted(link.name for link in links.listing(self._route) if link.kind == "bridge")
+        known = sorted(self._bridges())
         hint = f"bridges of this host: {', '.join(known)}" if known else "this host has no bridge"
         if bridge is None:
             raise NotFound(f"cannot attach {nic.name} of {owner}: there is no bridge {name}", hint)
