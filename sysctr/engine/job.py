@@ -58,7 +58,7 @@ class JobRunner:
             binds = [("/etc", "/etc"), *binds]
         program = {
             "argv": list(argv), "environment": {"HOME": "/root", "LANG": "C.UTF-8", **(environment or {})},
-            "cwd": "/volume", "seccomp": self._seccomp.hex(), "clean": True,
+            "cwd": "/volume" if volume else "/", "seccomp": self._seccomp.hex(), "clean": True,
         }  # fmt: skip
         plan = tool_job_plan(
             idmap=self.idmap, stage=self._stage, volume=volume, program=program, binds=tuple(binds),

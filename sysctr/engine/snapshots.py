@@ -27,7 +27,7 @@ from sysctr.storage.volumes import check_snapshot
 
 log = logging.getLogger(__name__)
 
-# Of states that are kept only while a clone, a template or a list of changes is made of them.
+# Of states that are kept only while a clone, a template, a backup or a list of changes is made of them.
 _TEMPORARY = "tmp-"
 _DESCRIPTION_LIMIT = 1024
 
@@ -62,6 +62,8 @@ class Snapshots:
         self._journal = journal
         # Told of every container whose snapshots have changed.
         self.on_change: Callable[[int], None] = lambda number: None
+        # The temporary ones that somebody still works with; any other is a crash's.
+        self._in_use: set[tuple[int, str]] = set()
         # Told of every snapshot that expires.
         self.on_expiry: Callable[[], None] = lambda: None
 
@@ -164,14 +166,36 @@ class Snapshots:
     @contextlib.contextmanager
     def temporary(self, task: Task, record: Record) -> Iterator[str]:
         """Keep the present state under a name of its own while entered; a crash leaves nothing of it."""
-        name = f"{_TEMPORARY}{secrets.token_hex(4)}"
-        self._take(task, record, name, {"temporary": True}, {"temporary": True})
+        name, _ = self.take_temporary(task, record)
         try:
-            fault.point("snapshot.temporary")
             yield name
         finally:
+            self.forget_temporary(record, name)
+
+    def take_temporary(self, task: Task, record: Record, **facts: Any) -> tuple[str, float | None]:
+        """Keep the present state until `forget_temporary`, or until this daemon ends.
+
+        Returns its name and for how long the container was paused, None for a stopped one.
+
+        Whoever calls either holds the container, but not in between. With `facts` a journal entry that has
+        them stays.
+        """
+        name = f"{_TEMPORARY}{secrets.token_hex(4)}"
+        self._in_use.add((record.id, name))
+        try:
+            pause_s = self._take(task, record, name, {"temporary": True}, facts)
+        except BaseException:
+            self._in_use.discard((record.id, name))
+            raise
+        fault.point("snapshot.temporary")
+        return name, pause_s
+
+    def forget_temporary(self, record: Record, name: str) -> None:
+        """Delete a state that `take_temporary` kept."""
+        try:
             self.forget(record, name)
-            self._journal.clear(record.id)
+        finally:
+            self._in_use.discard((record.id, name))
 
     def _take(self, task: Task, record: Record, name: str, note: dict, facts: dict) -> float | None:
         """Take the snapshot, and return for how long the container was paused; None for a stopped one."""
@@ -279,7 +303,7 @@ class Snapshots:
             self._host.live.note_frozen(record.id, frozen=False)
         volumes = self.volumes(record)
         having = [any(one.name == name for one in driver.snapshots(volume)) for driver, volume in volumes]
-        if entry.get("temporary") or not all(having):
+        if not all(having):
             log.info("%d: taking back the snapshot %s that a crash cut short", record.id, name)
             self._drop(name, [*reversed(volumes)])
         self._journal.clear(record.id)
@@ -297,17 +321,22 @@ class Snapshots:
                 log.warning("%d: %s", record.id, error.message)
 
     def half_made(self, record: Record) -> list[tuple[Driver, str, str]]:
-        """Return driver, volume and name of what is left of snapshots that the root volume has not."""
+        """Return driver, volume and name of what is left of snapshots, the root volume's last.
+
+        They are those that the root volume has not, and temporary ones that nobody works with.
+        """
         *mounts, root = self.volumes(record)
-        if not mounts:
-            return []
-        whole = {one.name for one in root[0].snapshots(root[1])}
+        of_root = {one.name for one in root[0].snapshots(root[1])}
+        stale = {
+            name for name in of_root
+            if name.startswith(_TEMPORARY) and (record.id, name) not in self._in_use
+        }  # fmt: skip
         return [
             (driver, volume, one.name)
             for driver, volume in mounts
             for one in driver.snapshots(volume)
-            if one.name not in whole
-        ]
+            if one.name in stale or one.name not in of_root
+        ] + [(*root, name) for name in sorted(stale)]
 
     def _pool_of(self, driver: Driver) -> str:
         for name in self._host.pools.names():

@@ -220,6 +220,7 @@ class TaskRunner:
         *,
         exclusive: bool = True,
         subject: str = "",
+        holds: str = "",
         takes_over: bool = False,
     ) -> Task:
         """Run `function(task)` in a thread; what it returns (JSON) is the result, what it raises the error.
@@ -227,11 +228,12 @@ class TaskRunner:
         An exclusive task holds its container, or without one its subject ("template debian-12"); Busy is
         raised if another holds it. One that takes over waits for the other instead, having cancelled it. One
         that is not exclusive neither holds nor minds. Tasks are begun in the order in which they were
-        submitted. `subject` is what messages call the container.
+        submitted. `subject` is what messages call the container, `holds` what it holds in its place: a backup
+        holds the container itself only for moments.
         """
         named = subject or ("" if container_id is None else str(container_id))
         task = Task(kind, container_id, named, self._publish, self._files.directory)
-        key = container_id if container_id is not None else subject
+        key = holds or (container_id if container_id is not None else subject)
         with self._free:
             if self._closing:
                 raise NoDaemon(f"cannot {task.doing}: the daemon is being stopped", "try again in a moment")
@@ -252,17 +254,21 @@ class TaskRunner:
         return task
 
     @contextlib.contextmanager
-    def hold(self, container_id: int, kind: str, timeout_s: float = 0) -> Iterator[None]:
-        """Hold a container for a short action that is no task, as an exclusive task would.
+    def hold(
+        self, container_id: int, kind: str, timeout_s: float = 0, task: Task | None = None
+    ) -> Iterator[None]:
+        """Hold a container for a short action, as an exclusive task would; `task` is that of the action.
 
-        With a time-out it waits for the holder to let go; never call it from a task of the same container.
+        With a time-out it waits for the holder to let go; never call it from a task that holds the container.
         """
         deadline_s = time.monotonic() + timeout_s
         with self._free:
             while container_id in self._holders and (left_s := deadline_s - time.monotonic()) > 0:
-                self._free.wait(left_s)
+                self._free.wait(min(left_s, _CHECK_S) if task else left_s)
+                if task:
+                    task.check()
             self._refuse_if_held(container_id, f"{kind} {container_id}")
-            self._holders[container_id] = (None, kind)
+            self._holders[container_id] = (task, f"task {task.id} ({task.kind})" if task else kind)
         try:
             yield
         finally:
