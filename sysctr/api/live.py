@@ -13,7 +13,7 @@ from sysctr import __version__
 from sysctr.errors import SysctrError
 
 if TYPE_CHECKING:
-    from sysctr.api.routes import Call
+    from sysctr.api.route import Call
     from sysctr.api.server import Api
 
 HEARTBEAT_S = 15.0

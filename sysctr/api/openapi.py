@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sysctr import __version__
 
 if TYPE_CHECKING:
-    from sysctr.api.routes import Route
+    from sysctr.api.route import Route
 
 _STRING = {"type": "string"}
 _ERROR = {

@@ -5,57 +5,13 @@ answered with 202. Actions that wait or stream are coroutines and live in live.p
 is also what GET /1/openapi.json is made from.
 """
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from sysctr.api import live, openapi, websocket
-from sysctr.api.fields import Anything, Array, Boolean, Field, Nullable, Number, Object, Table, Text
+from sysctr.api.fields import Anything, Array, Boolean, Field, Nullable, Number, Table, Text
+from sysctr.api.route import BYTES, STREAM, Call, Route
+from sysctr.api.routes_backup import BACKUP_ROUTES
 from sysctr.api.websocket import EXEC_REQUEST
-
-JSON = "application/json"
-BYTES = "application/octet-stream"
-STREAM = "text/event-stream"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request, with everything in it checked."""
-
-    path: dict[str, str]
-    query: dict[str, Any]
-    body: dict[str, Any]
-
-    @property
-    def ref(self) -> str:
-        """The container's id or name."""
-        return self.path["ref"]
-
-
-@dataclass(frozen=True)
-class Route:
-    """One method of one path. `answer` names the fields of the answer; a task is {"task": {…}}."""
-
-    method: str
-    path: str
-    action: Callable[..., Any]
-    summary: str
-    body: tuple[Field, ...] = ()
-    query: tuple[Field, ...] = ()
-    answer: str = ""
-    status: int = 200
-    media: str = JSON
-    waits: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "waits", inspect.iscoroutinefunction(self.action))
-
-    @property
-    def fields(self) -> Object:
-        """The body as one type."""
-        return Object(self.body)
-
 
 TASK_STATES = ("queued", "running", "done", "failed", "cancelled")
 NAME = Text(63)
@@ -411,45 +367,5 @@ ROUTES: tuple[Route, ...] = (
         ),
         answer="task", status=202,
     ),
+    *BACKUP_ROUTES,
 )  # fmt: skip
-
-
-class Node:
-    """One segment of the paths, with what follows it."""
-
-    def __init__(self) -> None:
-        self.routes: dict[str, Route] = {}
-        self.fixed: dict[str, Node] = {}
-        self.variable: tuple[str, Node] | None = None
-
-
-def tree(routes: tuple[Route, ...]) -> Node:
-    """Return the routes as a tree by segment; a fixed segment goes before a variable one."""
-    root = Node()
-    for route in routes:
-        node = root
-        for segment in route.path.split("/")[1:]:
-            if segment.startswith("{"):
-                if node.variable is None:
-                    node.variable = (segment[1:-1], Node())
-                assert node.variable[0] == segment[1:-1], f"{route.path} names a segment in another way"
-                node = node.variable[1]
-            else:
-                node = node.fixed.setdefault(segment, Node())
-        assert route.method not in node.routes, f"{route.method} {route.path} is there twice"
-        node.routes[route.method] = route
-    return root
-
-
-def find(root: Node, segments: list[str]) -> tuple[dict[str, Route], dict[str, str]]:
-    """Return the routes of a path by method, none if there is no such path, and its variable segments."""
-    node, variables = root, {}
-    for segment in segments:
-        following = node.fixed.get(segment)
-        if following is None and node.variable is not None and segment:
-            variables[node.variable[0]] = segment
-            following = node.variable[1]
-        if following is None:
-            return {}, {}
-        node = following
-    return node.routes, variables

@@ -19,7 +19,8 @@ from aiohttp import web
 
 from sysctr.api.fields import check_query
 from sysctr.api.live import Waker
-from sysctr.api.routes import ROUTES, Call, Route, find, tree
+from sysctr.api.route import Call, Route, find, tree
+from sysctr.api.routes import ROUTES
 from sysctr.engine.tasks import Task, as_error
 from sysctr.errors import NoDaemon, NotFound, Refused, SysctrError, UsageError
 from sysctr.runtime import wire

@@ -23,7 +23,7 @@ from sysctr.errors import NoDaemon, SysctrError, UsageError, from_dict
 from sysctr.runtime import wire
 
 if TYPE_CHECKING:
-    from sysctr.api.routes import Call
+    from sysctr.api.route import Call
     from sysctr.api.server import Api
 
 READ_BYTES = 32 << 10

@@ -23,6 +23,8 @@ COMMANDS = {
     "destroy": ("life", "daily", "destroy containers and all that is in them"),
     "info": ("container", "look", "show everything about a container"),
     "status": ("container", "look", "print a container's state in one word"),
+    "backups": ("backups", "look", "list the backups"),
+    "backup show": ("backups", "look", "show everything about a backup"),
     "snapshots": ("snapshot", "look", "list the snapshots of a container"),
     "diff": ("snapshot", "look", "list the files that changed since a snapshot, or since the creation"),
     "logs": ("watch", "look", "show what a container wrote to its console"),
@@ -42,6 +44,10 @@ COMMANDS = {
     "passwd": ("settings", "change", "set a password inside a container"),
     "protect": ("settings", "change", "keep containers from being destroyed"),
     "delsnapshot": ("snapshot", "change", "delete snapshots of a container"),
+    "backup remove": ("backups", "change", "remove backups"),
+    "backup protect": ("backups", "change", "keep backups from being removed"),
+    "backup notes": ("backups", "change", "show or write the notes of a backup"),
+    "backup prune": ("backups", "change", "remove the backups that no rule keeps"),
     "freeze": ("life", "change", "freeze all processes of containers"),
     "thaw": ("life", "change", "let frozen containers go on"),
     "df": ("pool", "look", "show what containers take of the disks"),
@@ -70,17 +76,21 @@ COMMANDS = {
     "completion": ("help", "help", "print the completion script of a shell"),
     "_words": ("help", "", "list names for the completion scripts"),
 }
-FAMILIES = ("mount", "template", "pool", "task", "daemon")
+FAMILIES = ("mount", "backup", "template", "pool", "task", "daemon")
+_MOST_WORDS = 3
 
 
 def split_command(argv: "list[str]") -> "tuple[str, list[str]]":
-    """Return the command's name, one word or two, and the words after it.
+    """Return the name of the command, or of the family, that the first words are, and the words after it.
 
     >>> split_command(["template", "list", "--json"]), split_command(["list"])
     (('template list', ['--json']), ('list', []))
     """
-    if argv[0] in FAMILIES and len(argv) > 1 and f"{argv[0]} {argv[1]}" in COMMANDS:
-        return f"{argv[0]} {argv[1]}", argv[2:]
+    if argv[0] in FAMILIES:
+        for count in range(min(_MOST_WORDS, len(argv)), 1, -1):
+            name = " ".join(argv[:count])
+            if name in COMMANDS or name in FAMILIES:
+                return name, argv[count:]
     return argv[0], argv[1:]
 
 
@@ -103,7 +113,8 @@ def run(argv: "list[str]") -> int:
         name = "help"
     elif name in ("-V", "--version"):
         name = "version"
-    if name in FAMILIES and (not rest or rest[0] in ("-h", "--help")):
+    # A word may be both: `backup web` makes one, `backup show` is one of its family.
+    if name in FAMILIES and (rest[:1] in (["-h"], ["--help"]) or (not rest and name not in COMMANDS)):
         name, rest = "help", [name]
     if name not in COMMANDS:
         raise unknown(name, rest)

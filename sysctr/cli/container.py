@@ -166,6 +166,7 @@ def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
         ("traffic", _traffic(usage)),
         ("processes", plain(usage.get("pids"))),
         ("snapshots", plain(container.get("snapshots") or None)),
+        ("last backup", _last_backup(container.get("last_backup"))),
         *((_mount_label(mount), _mount(mount)) for mount in container.get("mounts") or []),
         ("limits", plain(container.get("limits"))),
         ("environment", plain(container.get("environment"))),
@@ -212,6 +213,15 @@ def _moment(created: "Any") -> str:
 
 def _unless_none(value: "Any", show: "Any") -> str:
     return "" if value is None else show(value)
+
+
+def _last_backup(made: "dict[str, Any] | None") -> str:
+    if not made:
+        return ""
+    import time
+
+    ago = duration(int(max(0, time.time() - made["time"])))
+    return f"{moment(made['time'])}, {ago} ago, {size(made.get('size_bytes'))} in {made.get('archive')}"
 
 
 def _disk(container: "dict[str, Any]") -> str:

@@ -18,6 +18,7 @@ _GROUPS = (
     ("host", "this host"),
     ("help", "help"),
 )
+_NAME_CELLS = 17
 _SHELLS = ("bash", "zsh", "fish")
 _KINDS = ("containers", "templates", "pools", "tasks")
 
@@ -29,7 +30,11 @@ def overview(groups: "tuple[str, ...]") -> str:
         if group not in groups:
             continue
         lines += ["", f"{title}:"]
-        lines += [f"  {name:<16} {summary}" for name, (_, of, summary) in cli.COMMANDS.items() if of == group]
+        lines += [
+            f"  {name:<{_NAME_CELLS}} {summary}"
+            for name, (_, of, summary) in cli.COMMANDS.items()
+            if of == group
+        ]
     return "\n".join(lines)
 
 
@@ -49,15 +54,21 @@ def _help(arguments: argparse.Namespace, client: "Client") -> None:
     if not name:
         print(overview(tuple(group for group, _ in _GROUPS)))
         print("\n`sysctr COMMAND --help` shows options, examples and exit codes")
-    elif name in cli.FAMILIES:
-        print(f"usage: sysctr {name} COMMAND [options]\n")
-        for known, (_, _, summary) in cli.COMMANDS.items():
-            if known.startswith(f"{name} "):
-                print(f"  {known:<16} {summary}")
-    elif name in cli.COMMANDS:
-        build_parser(name, cli.COMMANDS[name][2], cli.load(name)).print_help()
+    elif name in cli.COMMANDS or name in cli.FAMILIES:
+        if name in cli.COMMANDS:
+            build_parser(name, cli.COMMANDS[name][2], cli.load(name)).print_help()
+            print()
+        if name in cli.FAMILIES:
+            _print_family(name)
     else:
         raise cli.unknown(arguments.words[0], arguments.words[1:])
+
+
+def _print_family(name: str) -> None:
+    print(f"usage: sysctr {name} COMMAND [options]\n")
+    for known, (_, _, summary) in cli.COMMANDS.items():
+        if known.startswith(f"{name} "):
+            print(f"  {known:<{_NAME_CELLS}} {summary}")
 
 
 def _completion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,18 +90,20 @@ def _completion(arguments: argparse.Namespace, client: "Client") -> None:
 def whole_parser() -> argparse.ArgumentParser:
     """Return one parser of all commands, for completion and for manual pages."""
     whole = Parser(prog="sysctr", description="System containers.")
-    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
-    families = {}
+    families = {"": whole.add_subparsers(dest="command", metavar="COMMAND")}
     for family in cli.FAMILIES:
-        parser = commands.add_parser(family, help=f"the commands of {family}", add_help=True)
-        families[family] = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
+        above, _, word = family.rpartition(" ")
+        parser = families[above].add_parser(word, help=f"the commands of {family}", add_help=True)
+        if family in cli.COMMANDS:
+            _add_options(parser, family)
+        families[family] = parser.add_subparsers(dest=f"{word} command", metavar="COMMAND")
     for name, (_, _, summary) in cli.COMMANDS.items():
-        if name.startswith("_"):
+        if name.startswith("_") or name in cli.FAMILIES:
             continue
         family, _, below = name.rpartition(" ")
         command = cli.load(name)
         made = build_parser(name, summary, command)
-        (families[family] if family else commands).add_parser(
+        families[family].add_parser(
             below,
             help=summary,
             parents=[made],
@@ -102,6 +115,13 @@ def whole_parser() -> argparse.ArgumentParser:
             formatter_class=made.formatter_class,
         )
     return whole
+
+
+def _add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Give a family the options of the command of the same name, whose arguments would pass for commands."""
+    for action in build_parser(name, cli.COMMANDS[name][2], cli.load(name))._actions:
+        if action.option_strings and action.dest != "help":
+            parser._add_action(action)
 
 
 def _mark(parser: argparse.ArgumentParser, shtab) -> None:  # type: ignore[no-untyped-def]
@@ -117,7 +137,7 @@ def _mark(parser: argparse.ArgumentParser, shtab) -> None:  # type: ignore[no-un
 
 
 def _words_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=(*_KINDS, "commands", "keys", "snapshots"))
+    parser.add_argument("kind", choices=(*_KINDS, "commands", "keys", "snapshots", "archives"))
 
 
 def _words(arguments: argparse.Namespace, client: "Client") -> None:
@@ -138,6 +158,10 @@ def _words(arguments: argparse.Namespace, client: "Client") -> None:
             answer = client.get(path("containers", str(container["id"]), "snapshots"), timeout_s=2.0)
             names.update(one["name"] for one in field(answer, "snapshots"))
         print("\n".join(sorted(names)))
+        return
+    if arguments.kind == "archives":
+        found = field(client.get(path("backups"), timeout_s=2.0), "archives")
+        print("\n".join(one["name"] for one in found if one["name"].isprintable()))
         return
     found = field(client.get(path(arguments.kind), timeout_s=2.0), arguments.kind)
     for one in found:

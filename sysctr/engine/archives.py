@@ -171,6 +171,15 @@ def judge(archives: Iterable[Archive], rules: Mapping[str, int]) -> list[Verdict
     return [Verdict(one, marks[one.path]) for one in archives]
 
 
+def refuse_protected(archive: Archive) -> None:
+    """Raise Refused for an archive that may not be removed."""
+    if archive.protected:
+        raise Refused(
+            f"cannot remove {values.shown(archive.name)[1:-1]}: it is protected",
+            f"`sysctr backup protect --off {archive.path}` first",
+        )
+
+
 class Directory:
     """A backup directory that is open; `opened` gives one."""
 
@@ -221,11 +230,7 @@ class Directory:
         """Remove an archive with what lies beside it; Refused for one that is protected."""
         with _changing:
             archive = self.get(name)
-            if archive.protected:
-                raise Refused(
-                    f"cannot remove {values.shown(name)[1:-1]}: it is protected",
-                    f"`sysctr backup protect --off {archive.path}` first",
-                )
+            refuse_protected(archive)
             self._remove(archive)
         return archive
 

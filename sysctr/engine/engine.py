@@ -10,6 +10,7 @@ from typing import Any
 
 from sysctr import __version__
 from sysctr.engine import guest
+from sysctr.engine.archiving import Archiving
 from sysctr.engine.changes import Changes
 from sysctr.engine.creation import Creation
 from sysctr.engine.disks import Disks
@@ -47,6 +48,7 @@ class Engine:
         self._lifecycle = Lifecycle(self._host)
         self._creation = Creation(self._host, self._lifecycle)
         self.history = History(self._host, self._lifecycle, self._creation)
+        self.archiving = Archiving(self._host)
         self._view = View(self._host)
         self._doors = Doors(self._host)
         self._changes = Changes(self._host)

@@ -31,6 +31,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "addresses": (list,),
     "exit": (dict, type(None)),
     "guest": (dict, type(None)),
+    "last_backup": (dict, type(None)),
 }
 _REQUIRED = ("id", "uuid", "name", "created", "idmap_first", "idmap_count")
 
@@ -56,6 +57,8 @@ class Saved:
     exit: dict[str, Any] | None = None
     # What is in a rootfs that was made of no template here: the fields of Guest.
     guest: dict[str, Any] | None = None
+    # Its last backup that was made: {"time": …, "archive": path, "size_bytes": …}.
+    last_backup: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

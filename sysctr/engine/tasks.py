@@ -83,7 +83,8 @@ class Task:
     @property
     def doing(self) -> str:
         """What it does, as words after "cannot"."""
-        return f"{self.kind.removeprefix('template-')} {self.subject}".rstrip()
+        verb = self.kind.removeprefix("template-").removeprefix("backup-")
+        return f"{verb} {self.subject}".rstrip()
 
     def check(self) -> None:
         """Raise Cancelled if the task was asked to stop; called by the engine between steps."""

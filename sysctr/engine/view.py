@@ -142,7 +142,7 @@ class View:
             "onboot": config.onboot if config else False, "protected": config.protected if config else False,
             "pending": self._changes.pending(record), "exit": None if live else record.exit,
             "task": {"id": task.id, "kind": task.kind} if task else None, "pool": record.pool,
-            "error": record.error or pool_error, "pool_error": pool_error,
+            "last_backup": record.last_backup, "error": record.error or pool_error, "pool_error": pool_error,
         }  # fmt: skip
 
     def _booted(self, record: Record, live: Live | None) -> bool | None:

@@ -35,6 +35,7 @@ class Engine:
         self.supervised: list[socket.socket] = []
         self.answer_ticket = None
         self.history = History(self)
+        self.archiving = Archiving(self)
 
     def open(self) -> None:
         self.calls.append(("open",))
@@ -229,6 +230,31 @@ class History:
 
     def recover(self, *, dry_run: bool = False) -> dict:
         return {"recovered": [], "problems": [], "dry_run": dry_run}
+
+
+class Archiving:
+    """What the engine does with archives, as the real one has it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def list(self, directory: str | None = None) -> dict:
+        return {"archives": [], "containers": [], "problems": [], "directory": directory}
+
+    def show(self, ref: str) -> dict:
+        return {"path": ref}
+
+    def protect(self, ref: str, protected: bool) -> dict:
+        return {"path": ref, "protected": protected}
+
+    def notes(self, ref: str, text: str) -> dict:
+        return {"path": ref, "notes": text}
+
+    def remove(self, ref: str) -> Task:
+        return self._engine._act("backup-remove", ref, {})
+
+    def prune(self, directory: str | None = None, **options: Any) -> Task:
+        return self._engine._act("backup-prune", directory or "", options)
 
 
 class Supervisor:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sysctr.api import live, openapi, server
 from sysctr.api.fields import Anything, Array, Boolean, Field, Nullable, Number, Object, Table, Text
-from sysctr.api.routes import ROUTES, find, tree
+from sysctr.api.route import find, tree
+from sysctr.api.routes import ROUTES
 from sysctr.errors import SysctrError, UsageError
 from sysctr.runtime import wire
 from tests.unit.served import Served
