@@ -5,7 +5,7 @@ import doctest
 import string
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sysctr.config import pct
@@ -208,6 +208,7 @@ def proxmox_texts(draw: st.DrawFn) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+@settings(deadline=None)
 @given(proxmox_texts())
 @example(WHOLE)
 def test_what_proxmox_writes_is_written_again(text: str) -> None:
@@ -225,6 +226,7 @@ SECTIONS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(SECTIONS, SECTIONS, st.dictionaries(_SNAPSHOT, SECTIONS, max_size=2))
 def test_every_document_comes_back(root: Section, pending: Section, snapshots: dict) -> None:
     # Whatever part of it cannot be a document's is refused; each part that can be comes back.
@@ -250,6 +252,7 @@ _LINES = st.lists(
 ).map("\n".join)  # fmt: skip
 
 
+@settings(deadline=None)
 @given(_LINES | st.binary(max_size=60))
 def test_any_text_is_read_and_settles_or_is_refused(text: str | bytes) -> None:
     refusal = ""
