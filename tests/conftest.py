@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 
 from tests import facts, leaks, node
@@ -22,6 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--in-parts", action="store_true", help="lint, unit, kernel, …: stop after a part that is red"
     )
+
+
+# A machine that is busy with something else makes no test wrong. And what decides whether a change may land
+# tries the same examples each time; everybody else goes on looking for new ones.
+hypothesis.settings.register_profile("sysctr", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("sysctr")
 
 
 def pytest_configure(config: pytest.Config) -> None:
