@@ -117,17 +117,45 @@ class Client:
             return json.loads(content) if content else None
         return content
 
-    def stream(
-        self, where: str, query: "Mapping[str, object] | None" = None, *, timeout_s: "float | None" = None
-    ) -> "Iterator[bytes]":
-        """GET an answer of any length and yield its pieces as they come."""
+    def upload(
+        self, where: str, pieces: "Iterator[bytes]", query: "Mapping[str, object] | None" = None
+    ) -> "Any":
+        """PUT a body of any length, given in pieces, and return the decoded answer."""
         with _Lost(self):
-            status, headers = self._exchange("GET", where, None, query, timeout_s)
+            self._ask("PUT", where, ["Transfer-Encoding: chunked"], b"", query, None)
+            assert self._socket is not None
+            try:
+                for piece in pieces:
+                    if piece:
+                        self._socket.sendall(b"%x\r\n%b\r\n" % (len(piece), piece), socket.MSG_NOSIGNAL)
+                self._socket.sendall(b"0\r\n\r\n", socket.MSG_NOSIGNAL)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # it was refused before all of it was there: the answer says why
+            status, headers = self._head()
+            content = b"".join(self._body(headers))
+        self.close()
+        if status >= 400:
+            raise _error(status, content, where)
+        return json.loads(content)
+
+    def stream(
+        self,
+        where: str,
+        query: "Mapping[str, object] | None" = None,
+        *,
+        timeout_s: "float | None" = None,
+        headers: "dict[str, str] | None" = None,
+    ) -> "Iterator[bytes]":
+        """GET an answer of any length and yield its pieces as they come; its headers go into `headers`."""
+        with _Lost(self):
+            status, answered = self._exchange("GET", where, None, query, timeout_s)
             if status >= 400:
-                raise _error(status, b"".join(self._body(headers)), where)
+                raise _error(status, b"".join(self._body(answered)), where)
+        if headers is not None:
+            headers.update(answered)
         try:
             with _Lost(self):
-                yield from self._body(headers)
+                yield from self._body(answered)
         finally:
             # What was not read would be taken for the next answer.
             self.close()
@@ -214,6 +242,22 @@ class Client:
         query: "Mapping[str, object] | None",
         timeout_s: "float | None",
     ) -> "tuple[int, dict[str, str]]":
+        content, about = b"", []
+        if body is not None:
+            content = json.dumps(body).encode()
+            about = ["Content-Type: application/json", f"Content-Length: {len(content)}"]
+        self._ask(method, where, about, content, query, timeout_s)
+        return self._head()
+
+    def _ask(
+        self,
+        method: str,
+        where: str,
+        about: "list[str]",
+        content: bytes,
+        query: "Mapping[str, object] | None",
+        timeout_s: "float | None",
+    ) -> None:
         if query:
             items = [f"{name}={quote(_text(value))}" for name, value in query.items() if value is not None]
             where = f"{where}?{'&'.join(items)}" if items else where
@@ -221,13 +265,8 @@ class Client:
             self.connect()
         assert self._socket is not None
         self._socket.settimeout(timeout_s)
-        head = [f"{method} {where} HTTP/1.1", "Host: sysctr", "Accept: */*"]
-        content = b""
-        if body is not None:
-            content = json.dumps(body).encode()
-            head += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
+        head = [f"{method} {where} HTTP/1.1", "Host: sysctr", "Accept: */*", *about]
         self._socket.sendall("\r\n".join([*head, "", ""]).encode("ascii") + content, socket.MSG_NOSIGNAL)
-        return self._head()
 
     def _stale(self) -> bool:
         # The daemon closes what was idle for long; anything readable before a request is that.

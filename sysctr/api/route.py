@@ -39,6 +39,8 @@ class Route:
     answer: str = ""
     status: int = 200
     media: str = JSON
+    # The action reads the body itself, which may be of any length.
+    streams: bool = False
     waits: bool = field(init=False)
 
     def __post_init__(self) -> None:

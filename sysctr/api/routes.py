@@ -10,6 +10,7 @@ from typing import Any
 from sysctr.api import live, openapi, websocket
 from sysctr.api.fields import Anything, Array, Boolean, Field, Nullable, Number, Table, Text
 from sysctr.api.route import BYTES, STREAM, Call, Route
+from sysctr.api.routes_archive import ARCHIVE_ROUTES
 from sysctr.api.routes_backup import BACKUP_ROUTES
 from sysctr.api.websocket import EXEC_REQUEST
 
@@ -368,4 +369,5 @@ ROUTES: tuple[Route, ...] = (
         answer="task", status=202,
     ),
     *BACKUP_ROUTES,
+    *ARCHIVE_ROUTES,
 )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 from sysctr import __version__
 from sysctr.engine import guest
+from sysctr.engine.archive_actions import ArchiveActions
 from sysctr.engine.archiving import Archiving
 from sysctr.engine.changes import Changes
 from sysctr.engine.creation import Creation
@@ -49,6 +50,9 @@ class Engine:
         self._creation = Creation(self._host, self._lifecycle)
         self.history = History(self._host, self._lifecycle, self._creation)
         self.archiving = Archiving(self._host)
+        self.archive = ArchiveActions(
+            self._host, self.history.backups, self.history.restoring, self.archiving
+        )
         self._view = View(self._host)
         self._doors = Doors(self._host)
         self._changes = Changes(self._host)
@@ -242,6 +246,9 @@ class Engine:
             raise WrongState(
                 f"cannot destroy {record.id}: it is running", "stop it first, or destroy it with --force"
             )
+        if force:
+            self.archive.end_backup(record.id)
+        self.archive.refuse_backed_up(record, "destroy")
         return self._submit(
             "destroy",
             record,

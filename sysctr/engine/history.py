@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 from sysctr.config.schedule import parse_span
+from sysctr.engine.backup import Backups
 from sysctr.engine.cloning import Cloning
 from sysctr.engine.compaction import Compaction
 from sysctr.engine.creation import Creation
@@ -16,6 +17,7 @@ from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.naming import naming, title
 from sysctr.engine.record import Record
 from sysctr.engine.recover import Notes, Recovery
+from sysctr.engine.restore import Restoring
 from sysctr.engine.rollback import Rollback
 from sysctr.engine.schedule import Scheduler
 from sysctr.engine.snapshots import Snapshots, check_name
@@ -37,6 +39,8 @@ class History:
         self._snapshots = Snapshots(host, self._journal)
         self._rollback = Rollback(host, lifecycle, self._snapshots, self._journal)
         self._cloning = Cloning(host, lifecycle, self._snapshots, creation.discard_volumes)
+        self.backups = Backups(host, lifecycle, self._snapshots, self._journal)
+        self.restoring = Restoring(host, lifecycle, self._journal, creation.discard_volumes)
         self._recovery = Recovery(host, self._snapshots, self._journal)
         self._scheduler = Scheduler(host, self._snapshots)
         self._compaction = Compaction(host, self._snapshots)
@@ -59,14 +63,20 @@ class History:
                 if entry["action"] == "rollback":
                     if self._rollback.finish(record, entry):
                         to_start.append(number)
+                elif entry["action"] == "restore":
+                    if self.restoring.settle(record, entry):
+                        to_start.append(number)
                 else:
                     self._snapshots.finish(record, entry)
+                    if entry.get("start") and self._host.live.running(number) is None:
+                        to_start.append(number)
             except (SysctrError, OSError, KeyError, ValueError) as error:
                 # Its pool may be missing today. The journal stays, and so `doctor` tells of it.
                 log.error(
                     "%d: cannot finish the %s that a crash cut short: %s", number, entry["action"], error
                 )
         self._snapshots.sweep()
+        self.backups.sweep()
         return to_start
 
     def open(self, to_start: list[int]) -> None:

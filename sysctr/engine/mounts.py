@@ -305,7 +305,7 @@ class Mounts:
             with contextlib.suppress(SysctrError):
                 driver = self._host.pools.get(pool)
                 for volume in driver.list():
-                    if volume.startswith(f"{record.id}-"):
+                    if volume.startswith(f"{record.id}-") and volume != record.volume:
                         yield pool, volume, driver.usage(volume)
 
     def _facts(self, record: Record, one: Mount | Device) -> dict:

@@ -150,6 +150,7 @@ class OverlayView(Step):
             mount.mount("overlay", "view", "overlay", 0, f"lowerdir={':'.join(self.lower)},userxattr")
             tree_fd = mount.open_tree("view")
             mount.umount2("view", mount.MNT_DETACH)
+            os.rmdir("view")
         else:
             # An overlay of one layer and no upper is an error to the kernel.
             tree_fd = mount.open_tree(self.lower[0])

@@ -36,6 +36,7 @@ class Engine:
         self.answer_ticket = None
         self.history = History(self)
         self.archiving = Archiving(self)
+        self.archive = ArchiveActions(self)
 
     def open(self) -> None:
         self.calls.append(("open",))
@@ -255,6 +256,22 @@ class Archiving:
 
     def prune(self, directory: str | None = None, **options: Any) -> Task:
         return self._engine._act("backup-prune", directory or "", options)
+
+
+class ArchiveActions:
+    """How the engine makes archives and containers of them, as the real one has it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def backup(self, ref: str, spec: dict) -> Task:
+        return self._engine._act("backup", ref, spec)
+
+    def restore(self, ref: str, spec: dict) -> Task:
+        return self._engine._act("restore", ref, spec)
+
+    def verify(self, ref: str) -> Task:
+        return self._engine._act("backup-verify", ref, {})
 
 
 class Supervisor:

@@ -1,0 +1,103 @@
+"""What the first members of an archive say: whose it is, and its configuration.
+
+./etc/vzdump/pct.conf, ./etc/vzdump/pct.fw   as vzdump writes them (proxmox.md 2.2)
+./dev/.sysctr.json                           what pct.conf cannot say; Proxmox leaves out all below ./dev
+"""
+
+import io
+import json
+import tarfile
+from dataclasses import dataclass
+from typing import Any
+
+from sysctr.config import schema, toml
+from sysctr.engine.record import Record
+from sysctr.errors import ConfigError, SysctrError
+
+CONFIG_MEMBER = "./etc/vzdump/pct.conf"
+FIREWALL_MEMBER = "./etc/vzdump/pct.fw"
+OWN_MEMBER = "./dev/.sysctr.json"
+# How much of the unpacked archive is looked at for them.
+HEAD_LIMIT_BYTES = 4 << 20
+# One of these is less.
+_MEMBER_LIMIT_BYTES = 1 << 20
+_MEMBERS_LOOKED_AT = 8
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Head:
+    """What an archive says of itself; each part is empty where it has none.
+
+    `first` is the name of the first member, which tells layouts apart.
+    """
+
+    pct: str = ""
+    firewall: str = ""
+    own: "dict[str, Any] | None" = None
+    first: str = ""
+
+
+def own_facts(record: Record) -> dict[str, Any]:
+    """Return what the member of our own says of a container."""
+    return {
+        "schema": SCHEMA, "id": record.id, "uuid": record.uuid, "generation": record.generation,
+        "created": record.created, "template": record.template, "config": record.config_text,
+    }  # fmt: skip
+
+
+def parse_head(data: bytes, doing: str) -> Head:
+    """Read the beginning of an unpacked archive, which may end anywhere.
+
+    Only regular files that come before any other member count: what follows is the container's own.
+    Raises SysctrError where it is no tar, or a member does not hold.
+    """
+    found: dict[str, bytes] = {}
+    first = ""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            for _ in range(_MEMBERS_LOOKED_AT):
+                member = archive.next()
+                if member is None:
+                    break
+                first = first or member.name
+                name = f"./{member.name.removeprefix('./')}"
+                if name not in (CONFIG_MEMBER, FIREWALL_MEMBER, OWN_MEMBER) or name in found:
+                    break
+                if not member.isreg() or member.issparse() or member.size > _MEMBER_LIMIT_BYTES:
+                    raise SysctrError(f"cannot {doing}: {name} in it is no small file")
+                file = archive.extractfile(member)
+                content = file.read(member.size) if file is not None else b""
+                if len(content) != member.size:
+                    raise SysctrError(f"cannot {doing}: it ends within {name}")
+                found[name] = content
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, UnicodeError) as error:
+        if not first:
+            raise SysctrError(f"cannot {doing}: it is no tar archive, or a damaged one") from error
+    return Head(
+        pct=_text(found.get(CONFIG_MEMBER, b"")), firewall=_text(found.get(FIREWALL_MEMBER, b"")),
+        own=_own(found[OWN_MEMBER], doing) if OWN_MEMBER in found else None, first=first,
+    )  # fmt: skip
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _own(data: bytes, doing: str) -> dict[str, Any]:
+    """Read our own member; what is in it may be anybody's."""
+    try:
+        facts = json.loads(data)
+        if not isinstance(facts, dict) or type(facts.get("schema")) is not int:
+            raise ValueError("it has no schema")
+        if facts["schema"] > SCHEMA:
+            raise SysctrError(f"cannot {doing}: a newer sysctr made it", "upgrade sysctr")
+        kinds = {"id": int, "uuid": str, "generation": int, "template": str, "config": str}
+        for name, kind in kinds.items():
+            if type(facts.get(name)) is not kind:
+                raise ValueError(f"its {name} does not hold")
+        schema.parse_config(toml.read_container(facts["config"]))
+    except (ValueError, RecursionError, ConfigError) as error:
+        reason = error.message if isinstance(error, ConfigError) else error
+        raise SysctrError(f"cannot {doing}: {OWN_MEMBER} in it is damaged: {reason}") from error
+    return facts

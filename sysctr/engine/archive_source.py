@@ -1,0 +1,104 @@
+"""Where an archive comes from: a file, or a stream that can be read once; and what its beginning says.
+
+An archive is its sender's until all of it was judged. What decompresses it runs in a job without rights, and
+what is decided of its head is decided of the same bytes that are unpacked afterwards.
+"""
+
+import os
+from collections.abc import Callable
+from types import TracebackType
+
+from sysctr.engine.archive_head import HEAD_LIMIT_BYTES, Head, parse_head
+from sysctr.engine.job import JobRunner
+from sysctr.engine.tasks import Task
+from sysctr.errors import SysctrError
+from sysctr.linux.files import write_all
+from sysctr.template.jobs import run_connected
+from sysctr.template.unpack import CHUNK_BYTES, DECOMPRESS, HEAD_BYTES, detect, open_archive
+
+# Of the archive as it is; its head is looked at in what this unpacks to.
+_PEEKED_BYTES = 1 << 20
+_PEEK = f"""\
+{DECOMPRESS}
+decompress "$1" 2>/dev/null | head --bytes="$2"
+"""
+
+
+class Source:
+    """An archive that is read from a descriptor, once from its beginning to its end."""
+
+    def __init__(self, fd: int, name: str, doing: str, size_bytes: int | None) -> None:
+        self._fd = fd
+        self.name = name
+        self.doing = doing
+        self.size_bytes = size_bytes
+        self._peeked = b""
+        self.codec = ""
+
+    @classmethod
+    def of_file(cls, path: str, doing: str) -> "Source":
+        """Open a file; raises NotFound, or UsageError for what is none."""
+        fd = open_archive(path, doing)
+        return cls(fd, os.path.basename(path), doing, os.fstat(fd).st_size)
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def peek(self, jobs: JobRunner) -> Head:
+        """Return what the first members say; nothing is lost of what comes after them."""
+        while len(self._peeked) < _PEEKED_BYTES:
+            data = os.read(self._fd, _PEEKED_BYTES - len(self._peeked))
+            if not data:
+                break
+            self._peeked += data
+        if not self._peeked:
+            raise SysctrError(f"cannot {self.doing}: it is empty")
+        self.codec = detect(self._peeked[:HEAD_BYTES], self.doing)
+        return parse_head(self._unpacked(jobs), self.doing)
+
+    def _unpacked(self, jobs: JobRunner) -> bytes:
+        if self.codec == "none":
+            return self._peeked
+        found = bytearray()
+        run_connected(
+            jobs.run_tool,
+            ["bash", "-c", _PEEK, "peek", self.codec, str(HEAD_LIMIT_BYTES)],
+            stdin=lambda fd: write_all(fd, self._peeked),
+            stdout=lambda fd: _collect(fd, found),
+        )
+        return bytes(found)
+
+    def feed(self, fd: int, task: Task, saw: Callable[[bytes], None] | None = None) -> None:
+        """Write all of it to a job, and tell how far it is; what a job does not want any more is read on."""
+        done = 0
+        data = self._peeked
+        listening = True
+        while data:
+            task.check()
+            if saw is not None:
+                saw(data)
+            try:
+                if listening:
+                    write_all(fd, data)
+            except BrokenPipeError:
+                # It has seen the end of the archive. Who sends a stream must not find it closed.
+                listening = False
+            done += len(data)
+            task.progress(done, self.size_bytes)
+            data = os.read(self._fd, CHUNK_BYTES)
+
+
+def _collect(fd: int, found: bytearray) -> None:
+    while data := os.read(fd, CHUNK_BYTES):
+        found += data

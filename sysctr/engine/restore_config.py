@@ -1,0 +1,151 @@
+"""The configuration that a restored container gets: what its archive says, as far as that is allowed here.
+
+An archive may come from anybody. What gives a container something of this host is left out unless it is asked
+for by name, and judged in what would be written, not where it came from.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sysctr.config import pct, pct_convert, schema, toml
+from sysctr.config.pct_notes import NEEDS_PERMISSION, Note
+from sysctr.config.schema import Container
+from sysctr.config.values import parse_name
+from sysctr.engine.archive_head import Head
+from sysctr.engine.changes import with_macs
+from sysctr.engine.identity import cloned_config
+from sysctr.errors import ConfigError, SysctrError
+
+# What a plain rootfs gets: a card, as any container that is created.
+_PLAIN = {"net.0.name": "eth0"}
+
+
+@dataclass
+class Draft:
+    """A configuration, and what people should know of it: notes, and what was left out."""
+
+    text: str
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> Container:
+        """Return its values."""
+        return schema.parse_config(toml.read_container(self.text))
+
+    def edit(self, changes: Mapping[str, Any]) -> None:
+        """Change keys."""
+        if changes:
+            self.text = toml.edit(self.text, dict(changes))
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What whoever restores wants: permissions, a name (empty: the archive's), settings, a new identity."""
+
+    name: str
+    allow: frozenset[str]
+    changes: Mapping[str, Any]
+    renew: bool
+
+
+@dataclass(frozen=True)
+class Here:
+    """What this host has: bridges that a card may be on, its own bridge and subnet."""
+
+    bridges: frozenset[str]
+    own_bridge: str
+    subnet: str
+
+
+def archived_name(head: Head, file_name: str) -> str:
+    """Return the name that an archive's container had, or for a plain rootfs one made of the file's."""
+    if head.own is not None:
+        return schema.parse_config(toml.read_container(head.own["config"])).name
+    if head.pct:
+        named = pct_convert.from_pct(pct.read(head.pct)).name
+        if named:
+            return named
+    return pct_convert.name_of(file_name.partition(".")[0])
+
+
+def draft(
+    head: Head, doing: str, wishes: Wishes, here: Here, known: Container | None = None
+) -> Draft:
+    """Return the configuration of a container restored from an archive with this head.
+
+    `known` is that of the container which it replaces: what that has of the host, it may have again. Raises
+    SysctrError where the archive's own cannot be read.
+    """
+    try:
+        made = _from_archive(head, wishes, here)
+        # The template is where it was made, and nothing of this one stands on it.
+        made.edit({"name": parse_name(wishes.name), "template": None})
+        _restrict(made, wishes.allow, known)
+        _keep_to_bridges(made, here)
+        if wishes.renew:
+            made.text, notes = cloned_config(
+                made.text, wishes.name, here.own_bridge, wishes.changes, keep_addresses=False
+            )
+            made.notes += notes
+        else:
+            made.edit(schema.plain_changes(wishes.changes))
+            made.text = with_macs(made.text)
+        schema.parse_config(toml.read_container(made.text))
+    except ConfigError as error:
+        raise SysctrError(f"cannot {doing}: {error.message}", error.hint) from error
+    return made
+
+
+def _from_archive(head: Head, wishes: Wishes, here: Here) -> Draft:
+    if head.own is not None:
+        return Draft(head.own["config"])
+    start = f"schema = {schema.SCHEMA}\n"
+    if not head.pct:
+        return Draft(toml.edit(start, {"name": wishes.name, **_PLAIN}))
+    converted = pct_convert.from_pct(
+        pct.read(head.pct), bridges=here.bridges, allow=wishes.allow, managed_subnet=here.subnet,
+        firewall=head.firewall,
+    )  # fmt: skip
+    made = Draft(toml.edit(start, {**converted.changes, "name": wishes.name}))
+    for note in converted.notes:
+        where = made.left_out if note.kind == NEEDS_PERMISSION else made.notes
+        where.append(_words(note))
+    return made
+
+
+def _words(note: Note) -> str:
+    text = f"{note.key}: {note.reason}"
+    if note.kind == NEEDS_PERMISSION:
+        text += f" (--allow {note.permission})"
+    return text
+
+
+def _restrict(made: Draft, allow: Collection[str], known: Container | None) -> None:
+    """Take out what has something of the host, unless it is allowed or the replaced container has it."""
+    config = made.config
+    had = [*known.mounts, *known.devices] if known else []
+    edits: dict[str, None] = {}
+    for mount in config.mounts:
+        if mount.kind in ("bind", "shared") and "bind" not in allow and mount not in had:
+            edits[mount.key] = None
+            what = f"the host's {mount.source}" if mount.source else f"the shared volume {mount.volume}"
+            made.left_out.append(f"{mount.key}: {what} at {mount.target} (--allow bind)")
+    for device in config.devices:
+        if "device" not in allow and device not in had:
+            edits[device.key] = None
+            made.left_out.append(f"{device.key}: the host's device {device.path} (--allow device)")
+    made.edit(edits)
+
+
+def _keep_to_bridges(made: Draft, here: Here) -> None:
+    """Put cards whose bridge this host has not on sysctr's own."""
+    edits: dict[str, Any] = {}
+    for nic in made.config.nets:
+        if nic.bridge and nic.bridge not in here.bridges | {here.own_bridge}:
+            prefix = f"net.{nic.index}"
+            edits |= {f"{prefix}.bridge": None, f"{prefix}.ip": "managed", f"{prefix}.gateway": None}
+            made.notes.append(f"{nic.name}: there is no bridge {nic.bridge} here: it is on {here.own_bridge}")
+    made.edit(edits)
+
