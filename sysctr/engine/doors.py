@@ -14,6 +14,9 @@ from sysctr.engine.record import Record
 from sysctr.engine.tasks import Cancelled, Task
 from sysctr.errors import UsageError, WrongState, from_dict
 
+# Who copied files hears of the end from the supervisor, before the daemon has put it away.
+_PATIENCE_S = 2.0
+
 
 class Doors:
     """Gives tickets, and runs the engine's own work on files."""
@@ -23,7 +26,7 @@ class Doors:
 
     def exec_ticket(self, record: Record, request: dict) -> dict:
         """Return a ticket for a program; an empty argv means the user's login shell."""
-        live = self._host.live.running(record.id)
+        live = self._host.run_of(record.id)
         if live is None:
             raise WrongState(
                 f"cannot execute in {record.id}: it is not running", f"`sysctr start {record.id}` starts it"
@@ -54,7 +57,7 @@ class Doors:
 
     def console_ticket(self, record: Record) -> dict:
         """Return a ticket for the console."""
-        if not self._host.live.running(record.id):
+        if self._host.run_of(record.id) is None:
             raise WrongState(
                 f"cannot attach to the console of {record.id}: it is not running",
                 f"`sysctr logs {record.id}` shows what it said last",
@@ -76,7 +79,7 @@ class Doors:
             streams = ["stdout"]
         else:
             raise UsageError(f"cannot move files: {operation!r} is neither push nor pull")
-        if self._host.live.running(record.id):
+        if self._host.run_of(record.id) is not None:
             return self._ticket(self._files_inside(record, program, streams))
         return self._files_of_stopped(record, operation, program, streams)
 
@@ -98,7 +101,9 @@ class Doors:
             given.put(ticket)
             self._hold(task, record.id)
 
-        task = self._host.tasks.submit(operation, record.id, work, subject=record.title)
+        task = self._host.tasks.submit(
+            operation, record.id, work, subject=record.title, patience_s=_PATIENCE_S
+        )
         task.on_end(lambda: given.put({}))
         ticket = given.get()
         if not ticket:
@@ -131,7 +136,9 @@ class Doors:
     def resume(self) -> None:
         """Hold the stopped containers whose files are being worked on since an earlier daemon."""
         for number in self._host.supervisor.working():
-            self._host.tasks.submit("push", number, functools.partial(self._hold, number=number))
+            self._host.tasks.submit(
+                "push", number, functools.partial(self._hold, number=number), patience_s=_PATIENCE_S
+            )
 
     def run_builtin(self, record: Record, program: dict, task: Task) -> None:
         """Do one of the supervisor's own works in a container, running or stopped, and wait for its end."""

@@ -424,14 +424,14 @@ class Engine:
 
     def _running(self, ref: str, verb: str) -> Record:
         record = self._find(ref)
-        if not self._host.live.running(record.id):
+        if self._host.run_of(record.id) is None and not self._lifecycle.reboots(record.id):
             raise WrongState(f"cannot {verb} {record.id}: it is not running")
         return record
 
     def _stopped(self, ref: str, verb: str) -> Record:
         record = self._find(ref)
         record.usable(verb)
-        if self._host.live.running(record.id):
+        if self._host.run_of(record.id) is not None:
             raise WrongState(f"cannot {verb} {record.id}: it is running")
         return record
 

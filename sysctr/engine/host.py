@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _OS_RELEASE = ("/etc/os-release", "/usr/lib/os-release")
 _SETTINGS_LIMIT_BYTES = 1 << 20
 _LOOK_AT_POOLS_S = 30.0
+# How long a command waits for an end, and for the start after it, that were asked for inside.
+REBOOT_PATIENCE_S = 30.0
 
 
 class Host:
@@ -173,6 +175,19 @@ class Host:
                     of_container = self.live.running(number) or number in working
                     if not (of_container if number else self.mounts.is_used(name, volume)):
                         driver.deactivate(volume)
+
+    def run_of(self, container_id: int) -> Live | None:
+        """Return the container's Live if it runs, having waited for the rest of an end or a reboot inside.
+
+        Both happen without anybody who asked for them outside: whoever gives a command meanwhile means the
+        state that follows. Never called from a task that holds the container.
+        """
+        self.live.wait(
+            container_id, lambda live: live is None or live.running or live.settled, REBOOT_PATIENCE_S
+        )
+        if self.live.running(container_id) is None:
+            self.tasks.wait_for_brief(container_id)
+        return self.live.running(container_id)
 
     def register_name(self, record: Record) -> None:
         """Let the names of this host's network say where a container is."""

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from sysctr.cgroup.base import Limits
 from sysctr.engine import guest
 from sysctr.engine.disks import fit_before_start
-from sysctr.engine.host import Host
+from sysctr.engine.host import REBOOT_PATIENCE_S, Host
 from sysctr.engine.live import UNKNOWN_STATUS, Live, exit_reason
 from sysctr.engine.plan import ContainerFacts, Idmap, container_plan
 from sysctr.engine.record import Record
@@ -55,6 +55,8 @@ class Lifecycle:
         self._reboots: dict[int, list[float]] = {}
         # Those that somebody outside wants to end: a reboot that is asked for inside is void then.
         self._ending: set[int] = set()
+        # The runs whose end asked for a reboot that was not begun yet.
+        self._again: dict[int, Live] = {}
 
     def start(self, task: Task, container_id: int) -> None:
         """Start a stopped container; returns when its init was executed."""
@@ -165,25 +167,22 @@ class Lifecycle:
 
     def shutdown(self, task: Task, container_id: int, timeout_s: float | None = None) -> None:
         """Ask init to end and wait; on time-out the container runs on and WrongState is raised."""
-        live = self._running(container_id, "shut down")
         timeout_s = SHUTDOWN_TIMEOUT_S if timeout_s is None else timeout_s
-        self._thaw_if_frozen(live)
-        with self._wanted_to_end(container_id):
+        with self._wanted_to_end(container_id, "shut down") as live:
+            self._thaw_if_frozen(live)
             if not self._ask_to_end(task, live, timeout_s):
                 raise WrongState(
                     f"cannot shut down {container_id}: it did not end within {timeout_s:g} s and runs on",
                     f"`sysctr stop {container_id}` ends it, `sysctr console {container_id}` shows why it "
                     "waits",
                 )
-            self._wait_put_away(container_id)
 
     def stop(
         self, task: Task, container_id: int, timeout_s: float | None = None, *, kill: bool = False
     ) -> None:
         """Ask init to end, and kill everything at the time-out; with `kill` at once."""
-        live = self._running(container_id, "stop")
         timeout_s = STOP_TIMEOUT_S if timeout_s is None else timeout_s
-        with self._wanted_to_end(container_id):
+        with self._wanted_to_end(container_id, "stop") as live:
             if not kill:
                 self._thaw_if_frozen(live)
                 if not self._ask_to_end(task, live, timeout_s):
@@ -191,7 +190,6 @@ class Lifecycle:
                     kill = True
             if kill:
                 self._kill(live)
-            self._wait_put_away(container_id)
 
     def reboot(self, task: Task, container_id: int, timeout_s: float | None = None) -> None:
         """Stop the container cleanly (killing it at the time-out) and start it again."""
@@ -238,9 +236,14 @@ class Lifecycle:
 
     def _submit_reboot(self, live: Live) -> None:
         """Start it again in a task of its own: this thread must return before it counts as put away."""
-        tasks = self._host.tasks
+        self._again[live.id] = live
         try:
-            tasks.submit("reboot", live.id, lambda task: self._start_again(task, live.id))
+            # What holds it now may itself wait for this end: the start of an init that reboots at once.
+            self._host.tasks.submit(
+                "reboot", live.id, lambda task: self._start_again(task, live.id),
+                patience_s=REBOOT_PATIENCE_S, waits=False,
+            )  # fmt: skip
+            self._not_again(live)
         except NoDaemon:
             pass  # its end is not forgotten: the next daemon carries the reboot out
         except Busy:
@@ -251,10 +254,22 @@ class Lifecycle:
 
     def _reboot_when_free(self, live: Live) -> None:
         self._host.tasks.wait_free(live.id)
+        if self._again.get(live.id) is not live:
+            return  # stopped meanwhile
         known = self._host.live.get(live.id)
         # Somebody else may have started or destroyed it meanwhile.
         if known is not None and known.is_run(live.pid, live.start_time):
             self._submit_reboot(live)
+        else:
+            self._not_again(live)
+
+    def _not_again(self, live: Live) -> None:
+        if self._again.get(live.id) is live:
+            del self._again[live.id]
+
+    def reboots(self, container_id: int) -> bool:
+        """Tell whether a reboot that was asked for inside waits for the task that holds the container."""
+        return container_id in self._again
 
     def _start_again(self, task: Task, container_id: int) -> None:
         # Its end is forgotten only afterwards: a daemon that dies before this leaves the next one the reboot.
@@ -288,7 +303,10 @@ class Lifecycle:
     def _ask_to_end(self, task: Task, live: Live, timeout_s: float) -> bool:
         """Send init the signal it ends on, and wait; False at the time-out."""
         host = self._host
-        pid, pidfd = host.supervisor.pidfd(live.id)
+        try:
+            pid, pidfd = host.supervisor.pidfd(live.id)
+        except WrongState:
+            return True  # it ended by itself just now
         wanted = self._halt_signal(live.id)
         deadline = time.monotonic() + timeout_s
         sent = False
@@ -334,17 +352,23 @@ class Lifecycle:
             )
 
     @contextlib.contextmanager
-    def _wanted_to_end(self, container_id: int) -> Iterator[None]:
+    def _wanted_to_end(self, container_id: int, verb: str) -> Iterator[Live]:
+        """Give what is to be ended, and wait until its end is put away; a reboot asked for inside is void."""
+        live = self._host.live.get(container_id)
+        # It may have ended by itself since the command was given; that is no failure of the command.
+        if live is None or (not live.running and live.settled and not self.reboots(container_id)):
+            raise WrongState(f"cannot {verb} {container_id}: it is not running")
         # Only the task that holds the container comes here.
         self._ending.add(container_id)
         try:
-            yield
+            yield live
+            if not self._host.live.wait_settled(container_id, _SETTLE_TIMEOUT_S):
+                raise SysctrError(f"cannot {verb} {container_id}: its end could not be put away in time")
+            # Its end may have come before it was known here that this is wanted.
+            if self._again.pop(container_id, None) is not None:
+                self._forget_end(container_id)
         finally:
             self._ending.discard(container_id)
-
-    def _wait_put_away(self, container_id: int) -> None:
-        if not self._host.live.wait_settled(container_id, _SETTLE_TIMEOUT_S):
-            raise SysctrError(f"cannot stop {container_id}: its end could not be put away in time")
 
     def quietly(self, function, *arguments: object) -> None:
         """Undo or clean up; what fails is logged and does not keep the rest from being done."""

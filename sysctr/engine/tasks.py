@@ -30,9 +30,6 @@ PROGRESS_INTERVAL_S = 0.1
 # A cancelled task ends at its next step, or when its programs are killed.
 TAKE_OVER_S = 60.0
 _CHECK_S = 0.2
-# Tasks that wait for work that others do, and how long others wait for them instead of being refused.
-_BRIEF_KINDS = frozenset({"push", "pull"})
-_PATIENCE_S = 2.0
 ENDED = frozenset({"done", "failed", "cancelled"})
 
 
@@ -48,8 +45,8 @@ class Task:
 
     __slots__ = (
         "_callbacks", "_changed", "_lock", "_log", "_published_s", "cancelling", "container",
-        "created", "ended", "error", "id", "kind", "progress_bytes", "result", "started", "state",
-        "step_text", "subject", "total_bytes",
+        "created", "ended", "error", "id", "kind", "patience_s", "progress_bytes", "result", "started",
+        "state", "step_text", "subject", "total_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +71,7 @@ class Task:
         self.error: dict[str, str] | None = None
         self.result: Any = None
         self.cancelling = False
+        self.patience_s = 0.0
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self._changed = changed
@@ -223,6 +221,8 @@ class TaskRunner:
         subject: str = "",
         holds: str = "",
         takes_over: bool = False,
+        patience_s: float = 0.0,
+        waits: bool = True,
     ) -> Task:
         """Run `function(task)` in a thread; what it returns (JSON) is the result, what it raises the error.
 
@@ -231,16 +231,20 @@ class TaskRunner:
         that is not exclusive neither holds nor minds. Tasks are begun in the order in which they were
         submitted. `subject` is what messages call the container, `holds` what it holds in its place: a backup
         holds the container itself only for moments.
+
+        For `patience_s` others wait for the end of this task before they are refused: for tasks whose end is
+        near or seen from outside before they have ended, and for those that no user asked for. One that does
+        not wait for others is refused at once.
         """
         named = subject or ("" if container_id is None else str(container_id))
         task = Task(kind, container_id, named, self._publish, self._files.directory)
+        task.patience_s = patience_s
         key = holds or (container_id if container_id is not None else subject)
         with self._free:
             if self._closing:
                 raise NoDaemon(f"cannot {task.doing}: the daemon is being stopped", "try again in a moment")
-            # Who copied files hears of its end from the supervisor, before the daemon has put it away.
-            if exclusive and not takes_over:
-                self._free.wait_for(lambda: not self._is_brief(key), _PATIENCE_S)
+            if exclusive and waits and not takes_over:
+                self._wait_for_brief(key)
             if exclusive and key != "" and not (takes_over and key in self._holders):
                 self._hold(key, task)
             self._tasks[task.id] = task
@@ -282,9 +286,17 @@ class TaskRunner:
         """Tell whether the daemon is being stopped."""
         return self._closing
 
-    def _is_brief(self, key: int | str) -> bool:
-        holder = self._holders.get(key, (None, ""))[0]
-        return holder is not None and holder.kind in _BRIEF_KINDS and not self._closing
+    def wait_for_brief(self, container_id: int) -> None:
+        """Wait in this thread for who holds the container, if it is a task that others are to wait for."""
+        with self._free:
+            self._wait_for_brief(container_id)
+
+    def _wait_for_brief(self, key: int | str) -> None:
+        def patience_s() -> float:
+            holder = self._holders.get(key, (None, ""))[0]
+            return 0.0 if holder is None or self._closing else holder.patience_s
+
+        self._free.wait_for(lambda: not patience_s(), patience_s())
 
     def wait_free(self, container_id: int) -> None:
         """Wait in this thread until nothing holds the container; another may take it before the caller."""

@@ -13,7 +13,11 @@ from sysctr.engine.live import Live
 from sysctr.engine.record import Record
 from sysctr.errors import SysctrError
 
-_STATES_OF_TASKS = {"start": "starting", "stop": "stopping", "shutdown": "stopping", "destroy": "stopping"}
+# A reboot is no state of its own: it stops first, and what is not running then is starting.
+_STATES_OF_TASKS = {
+    "start": "starting", "reboot": "starting", "stop": "stopping", "shutdown": "stopping",
+    "destroy": "stopping",
+}  # fmt: skip
 
 
 class View:
@@ -101,7 +105,9 @@ class View:
             if (between == "starting") != (live is not None):
                 return between
         if live is None:
-            return "stopped"
+            ended = self._host.live.get(container_id)
+            # What follows an end may be a start, where a reboot was asked for inside.
+            return "stopped" if ended is None or ended.settled else "stopping"
         return "frozen" if live.frozen else "running"
 
     def doctor(self) -> "list[dict]":

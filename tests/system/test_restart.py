@@ -226,6 +226,16 @@ def test_a_reboot_from_inside_waits_for_the_task_that_has_the_container(host: No
     assert task["task"]["state"] == "failed"
 
 
+def test_stop_in_the_middle_of_a_reboot_from_inside_ends_with_a_stopped_container(host: Node) -> None:
+    host.run("create", "one", "--template", "tiny")
+    # Each time it comes at another moment: before the end is known, while it is put away, while it starts.
+    for how, said in 2 * ((("stop", "--all"), "stopped one\n"), (("shutdown", "one"), "shut down one\n")):
+        host.run("start", "one")
+        shell(host, "one", "reboot -f", check=False)
+        assert host.run(*how).out == said
+        assert host.state("one") == "stopped"
+
+
 def test_a_wait_status_told_to_a_dying_supervisor_is_told_again(host: Node) -> None:
     host.run("create", "one", "--template", "tiny", "--start")
     pid = init_pid(host, "one")

@@ -110,6 +110,26 @@ def test_whoever_hears_of_the_end_can_act_on_the_container_at_once(runner: TaskR
     assert states.count("done") >= 199
 
 
+def test_others_wait_for_a_task_that_asks_for_patience_but_not_for_ever(runner: TaskRunner) -> None:
+    gate = Gate()
+    brief = runner.submit("reboot", 101, gate, patience_s=10)
+    assert gate.reached.wait(10)
+    with pytest.raises(Busy):
+        runner.submit("reboot", 101, gate, waits=False)
+    threading.Timer(0.05, gate.open.set).start()
+    next_one = runner.submit("stop", 101, lambda _task: brief.state)
+    assert next_one.wait(10)
+    assert next_one.result == "done"
+    slow = Gate()
+    held = runner.submit("reboot", 101, slow, patience_s=0.05)
+    with pytest.raises(Busy, match=f"^cannot stop 101: task {held.id} \\(reboot\\) is running$"):
+        runner.submit("stop", 101, lambda _task: None)
+    runner.wait_for_brief(101)
+    assert held.state == "running"
+    slow.open.set()
+    assert held.wait(10)
+
+
 def test_who_takes_over_cancels_the_holder_and_waits_for_its_end(runner: TaskRunner) -> None:
     gate = Gate()
     first = runner.submit("start", 101, gate)
