@@ -39,6 +39,16 @@ CREATE = (
     Field("onboot", Boolean(), "start it with the host"),
     Field("start", Boolean(), "start it at once"),
 )
+PCT = (
+    Field("pct", Text(256 << 10, raw=True), "the text of the pct.conf", required=True),
+    Field("name", Nullable(NAME), "name; without it the file's host name"),
+    Field("id", Nullable(Number(100, 9999)), "number; without it the first free one"),
+    Field("template", Nullable(Text(128)), "name of a template; without it the host's default"),
+    Field("pool", Nullable(NAME), "pool that it is kept in; without it the host's default"),
+    Field("allow", Array(Text(16)), "what of the host it may be given: bind, device, raw, feature"),
+    Field("set", Table(Anything()), "settings by key that differ"),
+    Field("start", Boolean(), "start it at once"),
+)
 SNAPSHOT = Text(63)
 CLONE = (
     Field("name", NAME, "unique name of the new container", required=True),
@@ -169,6 +179,18 @@ ROUTES: tuple[Route, ...] = (
             Field("digest", Text(128), "of the text that was edited", required=True),
         ),
         answer="applied pending",
+    ),
+    Route(
+        "GET", "/1/containers/{ref}/pct", lambda engine, call: engine.export_pct(call.ref),
+        "the configuration as Proxmox's pct.conf, and what that cannot say", answer="pct notes",
+    ),
+    Route(
+        "POST", "/1/pct", lambda engine, call: engine.import_pct(_given(call)),
+        "create a container with the settings of a pct.conf", PCT, answer="task", status=202,
+    ),
+    Route(
+        "POST", "/1/pct/check", lambda engine, call: engine.check_pct(_given(call)),
+        "what a container made of a pct.conf would be", PCT, answer="name template toml kept notes",
     ),
     Route(
         "GET", "/1/containers/{ref}/mounts", lambda engine, call: {"mounts": engine.mount_list(call.ref)},

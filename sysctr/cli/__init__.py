@@ -72,6 +72,7 @@ COMMANDS = {
     "daemon start": ("daemon", "host", "start the daemon"),
     "daemon stop": ("daemon", "host", "stop the daemon; containers go on running"),
     "daemon restart": ("daemon", "host", "restart the daemon; containers go on running"),
+    "import-pct": ("proxmox", "host", "create a container with the settings of a pct.conf of Proxmox VE"),
     "recover": ("clone", "host", "rebuild lost records of containers from their volumes"),
     "doctor": ("daemon", "host", "check this host and say how to mend it"),
     "version": ("daemon", "host", "print the version"),

@@ -69,11 +69,21 @@ def read_secret(name: str) -> str:
 
 def _config_arguments(parser: "argparse.ArgumentParser") -> None:
     one_container(parser)
-    parser.add_argument("--pending", action="store_true", help="print only what waits for the next start")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--pending", action="store_true", help="print only what waits for the next start")
+    kind.add_argument(
+        "--format",
+        choices=("toml", "pct"),
+        default="toml",
+        help="toml is the file itself, pct what `pct restore` of Proxmox VE takes (default: toml)",
+    )
     json_option(parser)
 
 
 def _config(arguments: "argparse.Namespace", client: "Client") -> None:
+    if arguments.format == "pct":
+        _print_pct(client.get(path("containers", arguments.container, "pct")), arguments.json)
+        return
     answer = client.get(path("containers", arguments.container, "config"))
     if arguments.pending:
         _print_pending(answer["pending"], arguments.json)
@@ -87,6 +97,16 @@ def _config(arguments: "argparse.Namespace", client: "Client") -> None:
             notice(f"pending until the next start: {key}")
         if answer.get("error"):
             notice(f"damaged: {answer['error']}")
+
+
+def _print_pct(answer: "dict[str, Any]", as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+        return
+    print("\n".join(neutralise(line) for line in answer["pct"].rstrip("\n").split("\n")))
+    sys.stdout.flush()
+    for note in answer["notes"]:
+        notice(f"{'changed' if note['kind'] == 'changed' else 'left out'}: {note['key']}: {note['reason']}")
 
 
 def _print_pending(pending: "Any", as_json: bool) -> None:
@@ -299,7 +319,13 @@ def _protect(arguments: "argparse.Namespace", client: "Client") -> int:
 
 COMMANDS = {
     "config": Command(
-        _config_arguments, _config, examples=("sysctr config demo", "sysctr config demo --pending")
+        _config_arguments,
+        _config,
+        examples=(
+            "sysctr config demo",
+            "sysctr config demo --pending",
+            "sysctr config demo --format pct > 107.conf",
+        ),
     ),
     "set": Command(
         _set_arguments,

@@ -50,7 +50,7 @@ class Creation:
         for kind in ("mount", "device"):
             for index, line in enumerate(spec.get(f"{kind}s") or ()):
                 changes |= schema.plain_changes({f"{kind}.{index}": line})
-        host.pools.get(self._pool(spec), f"create {spec['name']}")
+        self.check_pool(spec, spec["name"])
         changes |= {"name": spec["name"], "template": template}
         if spec.get("tags"):
             changes |= schema.plain_changes({"tags": spec["tags"]})
@@ -59,6 +59,10 @@ class Creation:
         for key in spec.get("ssh_keys") or ():
             guest.check_ssh_key(key)
         return changes
+
+    def check_pool(self, spec: dict, name: str) -> None:
+        """Raise an error if the pool that a request asks for cannot be used."""
+        self._host.pools.get(self._pool(spec), f"create {name}")
 
     def create(self, task: Task, spec: dict, changes: dict, number: int) -> dict:
         """Create the container whose number and name are reserved already, and start it where asked."""

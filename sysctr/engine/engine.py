@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sysctr import __version__
+from sysctr.config import pct
 from sysctr.engine import guest
 from sysctr.engine.archive_actions import ArchiveActions
 from sysctr.engine.archiving import Archiving
@@ -23,6 +24,7 @@ from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.live import Live
 from sysctr.engine.naming import naming, title
 from sysctr.engine.pools import HOME
+from sysctr.engine.proxmox import Proxmox
 from sysctr.engine.record import Record
 from sysctr.engine.tasks import Task, TaskRunner
 from sysctr.engine.view import View
@@ -57,6 +59,7 @@ class Engine:
         self._doors = Doors(self._host)
         self._changes = Changes(self._host)
         self._disks = Disks(self._host)
+        self._proxmox = Proxmox(self._host)
 
     def open(self) -> None:
         """Take up work: finish or undo what a crash left, then adopt what runs."""
@@ -184,12 +187,14 @@ class Engine:
 
     def create(self, spec: dict) -> Task:
         """Create a container, and start it where asked."""
-        changes = self._creation.check(spec)
+        return self._create(spec, self._creation.check(spec))
+
+    def _create(self, spec: dict, changes: dict, **told: Any) -> Task:
         self._host.templates.get(changes["template"])
         number = self._host.store.reserve(changes["name"], spec.get("id"))
 
         def run(task: Task) -> dict:
-            return self._creation.create(task, spec, changes, number)
+            return {**self._creation.create(task, spec, changes, number), **told}
 
         try:
             return self.tasks.submit("create", number, run, subject=title(changes["name"], number))
@@ -306,6 +311,24 @@ class Engine:
     def put_config(self, ref: str, text: str, digest: str) -> dict:
         """Replace the whole file, if it is still the one of `digest`."""
         return self._changes.replace(self._find(ref), text, digest)
+
+    # Proxmox
+
+    @naming
+    def export_pct(self, ref: str) -> dict:
+        """Return a container's settings as a pct.conf of Proxmox, and what that cannot say."""
+        exported = self._proxmox.export(self._find(ref))
+        return {"pct": pct.write(exported.document), "notes": [note.as_dict() for note in exported.notes]}
+
+    def check_pct(self, spec: dict) -> dict:
+        """Return the settings that a container made of a pct.conf would have, and what stays behind."""
+        return self._proxmox.convert(spec).as_dict()
+
+    def import_pct(self, spec: dict) -> Task:
+        """Create a container from a template with the settings of a pct.conf."""
+        imported = self._proxmox.convert(spec)
+        self._creation.check_pool(spec, imported.config.name)
+        return self._create(spec, imported.changes, notes=[note.as_dict() for note in imported.notes])
 
     # Ways in
 

@@ -135,7 +135,7 @@ class Restoring:
 
     def _here(self) -> Here:
         network = self._host.network
-        return Here(network.bridges(), network.bridge, str(network.subnet))
+        return Here(network.host_bridges(), network.bridge, str(network.subnet))
 
     # Doing it
 

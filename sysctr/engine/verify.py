@@ -20,7 +20,7 @@ def verify(host: Host, task: Task, source: Source) -> dict[str, Any]:
     head = source.peek(jobs)
     name = archived_name(head, source.name) or "restored"
     network = host.network
-    here = Here(network.bridges(), network.bridge, str(network.subnet))
+    here = Here(network.host_bridges(), network.bridge, str(network.subnet))
     made = draft(head, source.doing, Wishes(name, frozenset(), {}, renew=False), here)
     wanted = _INITS | {made.config.init.lstrip("/")} - {""}
     inits: list[str] = []

@@ -164,10 +164,10 @@ class Network:
                     self._find_bridge(owner, nic)
                 self._refuse_unmanaged(owner, nic)
 
-    def bridges(self) -> frozenset[str]:
-        """Return the names of the bridges of this host, sysctr's own among them."""
-        with self._lock, _failing("look for bridges"):
-            return self._bridges()
+    def host_bridges(self) -> frozenset[str]:
+        """Return the names of the host's bridges but that of sysctr."""
+        with self._lock, _failing("list the bridges"):
+            return self._bridges() - {self.bridge}
 
     def _bridges(self) -> frozenset[str]:
         return frozenset(link.name for link in links.listing(self._route) if link.kind == "bridge")

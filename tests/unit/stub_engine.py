@@ -92,6 +92,18 @@ class Engine:
         self.calls.append(("create", spec))
         return self.tasks.submit("create", spec.get("id", 100), lambda task: {"id": 100})
 
+    def export_pct(self, ref: str) -> dict:
+        self.calls.append(("export_pct", ref))
+        return {"pct": "", "notes": []}
+
+    def check_pct(self, spec: dict) -> dict:
+        self.calls.append(("check_pct", spec))
+        return {"name": "www"}
+
+    def import_pct(self, spec: dict) -> Task:
+        self.calls.append(("import_pct", spec))
+        return self.tasks.submit("create", 100, lambda task: {"id": 100})
+
     def _held(self, task: Task) -> None:
         # Let go by the test, in this process or in another.
         for _ in range(6000):
