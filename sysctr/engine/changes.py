@@ -1,7 +1,9 @@
 """Changes of a container's configuration: checked whole, applied where they can be, kept in its file."""
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from sysctr.cgroup.base import check_enforceable
@@ -18,6 +20,8 @@ from sysctr.network.addresses import random_mac
 log = logging.getLogger(__name__)
 
 _DISK = "limits.disk"
+# How long a change waits for another one, or for a task, before it is refused.
+_PATIENCE_S = 5.0
 
 
 class Changes:
@@ -39,9 +43,13 @@ class Changes:
     def apply(self, record: Record, changes: dict) -> dict:
         """Set and unset keys; comments and order of the file stay."""
         wanted = schema.plain_changes(changes)
+        with self._held(record) as now:
+            return self._apply(now, wanted)
+
+    def _apply(self, record: Record, wanted: dict) -> dict:
         try:
             # Also where the file has a mistake: it may be the very value that is set now.
-            return self.replace(record, toml.edit(record.config_text, wanted), record.digest)
+            return self._replace(record, toml.edit(record.config_text, wanted), record.digest)
         except ConfigError:
             if record.error:
                 record.usable("change")
@@ -53,11 +61,16 @@ class Changes:
 
     def add_mount(self, record: Record, line: object, *, device: bool = False) -> dict:
         """Add a mount point or a device under a free number; at once where the container runs."""
-        key, changes = self._host.mounts.changes_to_add(record, line, device=device)
-        return {**self.apply(record, changes), "key": key}
+        with self._held(record) as now:
+            key, changes = self._host.mounts.changes_to_add(now, line, device=device)
+            return {**self._apply(now, changes), "key": key}
 
     def remove_mount(self, record: Record, which: str, data: str | None) -> dict:
         """Remove what `find` finds; `data` is "keep" or "delete", and has to be said of a volume."""
+        with self._held(record) as now:
+            return self._remove_mount(now, which, data)
+
+    def _remove_mount(self, record: Record, which: str, data: str | None) -> dict:
         mounts = self._host.mounts
         found = mounts.find(record, which)
         volume = found if isinstance(found, Volume) else None
@@ -72,7 +85,7 @@ class Changes:
             mounts.refuse_deletion(record, found)
         answer: dict = {"applied": [], "pending": [], "notes": [], "key": ""}
         if not isinstance(found, Volume):
-            answer = {**self.apply(record, {found.key: None}), "key": found.key}
+            answer = {**self._apply(record, {found.key: None}), "key": found.key}
         if unwanted is not None and answer["key"] in answer["pending"]:
             answer["notes"].append(f"the volume {unwanted.name} is kept, as it is still mounted")
             unwanted = None
@@ -82,37 +95,46 @@ class Changes:
 
     def replace(self, record: Record, text: str, digest: str) -> dict:
         """Take `text` as the whole configuration, apply what can be applied, and say what waits."""
+        with self._held(record) as now:
+            return self._replace(now, text, digest)
+
+    @contextlib.contextmanager
+    def _held(self, record: Record) -> Iterator[Record]:
+        """Hold the container and give what is known of it then: another change may have come first."""
+        with self._host.tasks.hold(record.id, "configure", timeout_s=_PATIENCE_S):
+            yield self._host.store.load(record.id)
+
+    def _replace(self, record: Record, text: str, digest: str) -> dict:
         host = self._host
-        with host.tasks.hold(record.id, "configure", timeout_s=5):
-            text = with_macs(text)
-            new = schema.parse_config(toml.read_container(text))
-            old = record.config
-            if old is not None:
-                schema.refuse_fixed(old, new)
-            draft = dataclasses.replace(record, config=new, config_text=text)
-            check_enforceable(record.id, limits_of(draft), host.cgroups.available)
-            host.network.check(new.name, [nic for nic in new.nets if old is None or nic not in old.nets])
-            changed = schema.TABLE.changed(old, new) if old is not None else ()
-            waited = self.pending(record)
-            in_force = self._in_force(record)
-            # The file may have been edited by hand since: what is set is all of it, not the difference.
-            limits_differ = in_force is not None and in_force.limits != new.limits
-            with ExitStack() as undo:
-                self._fit_disk(old, draft, undo)
-                followed = host.mounts.follow(draft, old, in_force, undo)
-                if limits_differ:
-                    host.cgroups.set_limits(record.id, limits_of(draft))
-                saved = host.store.save_config(record.id, text, digest)
-                undo.pop_all()
-            if not host.live.running(record.id):
-                host.network.forget_others(record.id, new.nets)
+        text = with_macs(text)
+        new = schema.parse_config(toml.read_container(text))
+        old = record.config
+        if old is not None:
+            schema.refuse_fixed(old, new)
+        draft = dataclasses.replace(record, config=new, config_text=text)
+        check_enforceable(record.id, limits_of(draft), host.cgroups.available)
+        host.network.check(new.name, [nic for nic in new.nets if old is None or nic not in old.nets])
+        changed = schema.TABLE.changed(old, new) if old is not None else ()
+        waited = self.pending(record)
+        in_force = self._in_force(record)
+        # The file may have been edited by hand since: what is set is all of it, not the difference.
+        limits_differ = in_force is not None and in_force.limits != new.limits
+        with ExitStack() as undo:
+            self._fit_disk(old, draft, undo)
+            followed = host.mounts.follow(draft, old, in_force, undo)
             if limits_differ:
-                known = toml.edit(record.boot_config, _limits(new))
-                saved = host.store.update(record.id, boot_config=known)
-            if followed.done:
-                known = toml.edit(saved.boot_config, tables(new, followed.done))
-                saved = host.store.update(record.id, boot_config=known)
-                host.mounts.release_shared()
+                host.cgroups.set_limits(record.id, limits_of(draft))
+            saved = host.store.save_config(record.id, text, digest)
+            undo.pop_all()
+        if not host.live.running(record.id):
+            host.network.forget_others(record.id, new.nets)
+        if limits_differ:
+            known = toml.edit(record.boot_config, _limits(new))
+            saved = host.store.update(record.id, boot_config=known)
+        if followed.done:
+            known = toml.edit(saved.boot_config, tables(new, followed.done))
+            saved = host.store.update(record.id, boot_config=known)
+            host.mounts.release_shared()
         if old is None or old.name != new.name:
             host.register_name(saved)
         host.bus.publish("container", id=record.id, change="configured", keys=list(changed))

@@ -30,6 +30,8 @@ PROGRESS_INTERVAL_S = 0.1
 # A cancelled task ends at its next step, or when its programs are killed.
 TAKE_OVER_S = 60.0
 _CHECK_S = 0.2
+# How long a task waits for a short action that holds its container, before it is refused.
+_HOLD_PATIENCE_S = 2.0
 ENDED = frozenset({"done", "failed", "cancelled"})
 
 
@@ -293,8 +295,10 @@ class TaskRunner:
 
     def _wait_for_brief(self, key: int | str) -> None:
         def patience_s() -> float:
-            holder = self._holders.get(key, (None, ""))[0]
-            return 0.0 if holder is None or self._closing else holder.patience_s
+            if self._closing or key not in self._holders:
+                return 0.0
+            holder = self._holders[key][0]
+            return _HOLD_PATIENCE_S if holder is None else holder.patience_s
 
         self._free.wait_for(lambda: not patience_s(), patience_s())
 

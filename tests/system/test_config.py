@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,28 @@ def test_a_card_that_is_taken_out_gives_its_address_back(shared_host: Node) -> N
     shared_host.run("reboot", name)
     assert shared_host.json("info", name)["addresses"] == []
     shared_host.run("destroy", "--yes", "--force", name)
+
+
+def test_several_changes_at_once_are_all_made(shared_host: Node) -> None:
+    name = create(shared_host, start=False)
+    changes = [
+        *(("set", name, f"environment.V{number}={number}") for number in range(4)),
+        *(("mount", "add", name, f"target=/m{number},tmpfs") for number in range(3)),
+        ("rename", name, f"{name}-2"), ("start", name),
+    ]  # fmt: skip
+    # By number: one of them changes the name.
+    number = str(shared_host.json("info", name)["id"])
+    running = [
+        shared_host.popen(
+            *(number if word == name else word for word in words), stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for words in changes
+    ]  # fmt: skip
+    said = [one.communicate(timeout=60)[1] for one in running]
+    assert [one.returncode for one in running] == [0] * len(changes), said
+    info = shared_host.json("info", number)
+    assert info["environment"] == {f"V{value}": str(value) for value in range(4)}
+    assert {mount["target"] for mount in info["mounts"]} == {"/m0", "/m1", "/m2"}
+    assert (info["name"], info["state"]) == (f"{name}-2", "running")
+    shared_host.run("destroy", number, "--force", "--yes")

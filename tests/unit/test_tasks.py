@@ -156,7 +156,11 @@ def test_who_takes_over_gives_up_at_the_time_out_and_when_cancelled(
     assert late.error["message"] == "cannot destroy web (101): configure is running"
 
 
-def test_an_error_names_the_container_as_people_do(runner: TaskRunner) -> None:
+def test_an_error_names_the_container_as_people_do(
+    runner: TaskRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "_HOLD_PATIENCE_S", 0.01)
+
     def fail(_task: Task) -> None:
         raise WrongState("cannot freeze 101: 101 is frozen", "`sysctr thaw 101` lets it go on")
 
@@ -178,8 +182,24 @@ def test_a_subject_is_held_like_a_container(runner: TaskRunner) -> None:
     assert all(task.wait(10) for task in unnamed)
 
 
-def test_a_short_action_holds_the_container_too_and_can_wait_for_it(runner: TaskRunner) -> None:
+def test_a_short_action_holds_the_container_too_and_can_wait_for_it(
+    runner: TaskRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate()
+    holding, changed = threading.Event(), threading.Event()
+
+    def change() -> None:
+        with runner.hold(101, "rename"):
+            holding.set()
+            assert changed.wait(10)
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    assert holding.wait(10)
+    threading.Timer(0.05, changed.set).start()
+    assert runner.submit("stop", 101, lambda _task: None).wait(10)
+    changing.join()
+    monkeypatch.setattr(tasks, "_HOLD_PATIENCE_S", 0.01)
     with runner.hold(101, "rename"), pytest.raises(Busy, match=r"^cannot start 101: rename is running$"):
         runner.submit("start", 101, gate)
     task = runner.submit("start", 101, gate)
