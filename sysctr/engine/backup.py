@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sysctr import __version__
-from sysctr.config import pct, pct_export
+from sysctr.config import pct
 from sysctr.config.backup import CODECS, MODES
 from sysctr.engine import partial
 from sysctr.engine.archive_head import CONFIG_MEMBER, FIREWALL_MEMBER, OWN_MEMBER, own_facts
@@ -19,17 +19,15 @@ from sysctr.engine.backup_state import States
 from sysctr.engine.host import Host
 from sysctr.engine.journal import Journal
 from sysctr.engine.lifecycle import Lifecycle
+from sysctr.engine.proxmox import Proxmox
 from sysctr.engine.record import Record
 from sysctr.engine.snapshots import Snapshots
 from sysctr.engine.tasks import Task
 from sysctr.errors import UsageError
 from sysctr.linux import fault
 
-GIB = 1 << 30
 # Of files of a distribution the compressors leave a third to a half; less than this they never do.
 _LEAST_SHARE = 0.2
-# What a container without a limit is restored with by Proxmox, which needs one.
-_LEAST_SIZE_BYTES = 4 * GIB
 
 @dataclass(frozen=True)
 class BackupOptions:
@@ -125,21 +123,8 @@ class Backups:
 
     def _head(self, task: Task, record: Record) -> tuple[tuple[str, bytes], ...]:
         """Return the first members: Proxmox's configuration and firewall, and what only we know."""
-        host, config = self._host, record.usable("back up")
-        guest = host.guest_of(record)
-        sizes = {}
-        for mount in config.mounts:
-            if mount.kind == "volume":
-                volume = host.mounts.volume_of(record, mount)
-                sizes[mount.index] = mount.size_bytes or _whole_size(volume.driver.usage(volume.name) or 0)
-        exported = pct_export.to_pct(
-            config, number=record.id,
-            rootfs_size_bytes=config.limits.disk_bytes or _whole_size(self._root_bytes(record)),
-            volume_sizes=sizes,
-            arch=pct_export.proxmox_arch(guest.arch),
-            ostype=pct_export.proxmox_ostype(guest.os_id),
-            managed_bridge=host.network.bridge,
-        )  # fmt: skip
+        guest = self._host.guest_of(record)
+        exported = Proxmox(self._host).export(record)
         for note in exported.notes:
             task.log(f"for Proxmox: {note.key}: {note.reason}")
         own = {
@@ -189,11 +174,3 @@ def _result(number: int, written: Written, pause_s: float | None) -> dict[str, A
         "warnings": [*written.lost, *written.messages],
     }  # fmt: skip
 
-
-def _whole_size(used_bytes: int) -> int:
-    """Return the size that a volume without a limit gets where it needs one: half as much again, in GiB.
-
-    >>> _whole_size(0) // GIB, _whole_size(5 * GIB) // GIB
-    (4, 8)
-    """
-    return max(_LEAST_SIZE_BYTES, -(-used_bytes * 3 // (2 * GIB)) * GIB)

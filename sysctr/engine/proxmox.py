@@ -49,15 +49,15 @@ class Proxmox:
     def export(self, record: Record) -> Exported:
         """Return a container's pct.conf, every volume with a size that Proxmox can make it in."""
         config = record.usable("write a pct.conf of")
-        template = self._host.template_of(record)
+        guest = self._host.guest_of(record)
         own = [mount for mount in config.mounts if mount.kind == "volume"]
         return to_pct(
             config,
             number=record.id,
             rootfs_size_bytes=self.rootfs_size_bytes(record),
             volume_sizes={mount.index: self.volume_size_bytes(record, mount) for mount in own},
-            arch=proxmox_arch(template.arch if template else os.uname().machine),
-            ostype=proxmox_ostype(template.os_id if template else ""),
+            arch=proxmox_arch(guest.arch or os.uname().machine),
+            ostype=proxmox_ostype(guest.os_id),
             memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             managed_bridge=self._host.network.bridge,
         )
@@ -125,15 +125,23 @@ class Proxmox:
 
     def _fit(self, changes: dict[str, Plain]) -> list[Note]:
         """Take out the limits that every Proxmox container has and this host may be unable to give."""
-        notes = []
-        if "limits.swap" in changes and "swap" not in self._host.cgroups.available:
-            del changes["limits.swap"]
-            notes.append(Note("swap", "this host does not count swap: there is no limit", CHANGED))
-        cores, here = changes.get("limits.cores"), len(host_cores())
-        if isinstance(cores, int) and cores > here:
-            del changes["limits.cores"]
-            notes.append(Note("cores", f"this host has {here}: there is no limit", CHANGED))
-        return notes
+        found = unfit(self._host, changes.get("limits.swap"), changes.get("limits.cores"))
+        for key in found:
+            del changes[key]
+        return [Note(key.removeprefix("limits."), reason, CHANGED) for key, reason in found.items()]
+
+
+def unfit(host: Host, swap: object, cores: object) -> dict[str, str]:
+    """Return which of two limits of a container from elsewhere this host cannot give, and why."""
+    found = {}
+    if swap is not None and "swap" not in host.cgroups.available:
+        found["limits.swap"] = "this host does not count swap: there is no limit"
+    here = host_cores()
+    if (isinstance(cores, int) and cores > len(here)) or (
+        isinstance(cores, tuple) and not frozenset(cores) <= frozenset(here)
+    ):
+        found["limits.cores"] = f"this host has {len(here)}: there is no limit"
+    return found
 
 
 def room_for(used_bytes: int) -> int:

@@ -28,7 +28,7 @@ from sysctr.engine.journal import Journal
 from sysctr.engine.lifecycle import Lifecycle, limits_of
 from sysctr.engine.pools import HOME
 from sysctr.engine.record import Guest, Record, new_record
-from sysctr.engine.restore_config import Draft, Here, Wishes, archived_name, draft
+from sysctr.engine.restore_config import Draft, Wishes, archived_name, draft, here_of
 from sysctr.engine.tasks import Task
 from sysctr.errors import Refused, SysctrError, UsageError, WrongState
 from sysctr.linux import fault
@@ -109,7 +109,7 @@ class Restoring:
         if not name:
             raise UsageError(f"cannot {source.doing}: nothing says how it is called", "give it a --name")
         wishes = Wishes(self._free_name(name, replaced, options), options.allow, options.changes, renewed)
-        made = draft(head, source.doing, wishes, self._here(), replaced.config if replaced else None)
+        made = draft(head, source.doing, wishes, here_of(host), replaced.config if replaced else None)
         pool = options.pool or (replaced.pool if replaced else "") or host.settings.defaults.pool or HOME
         host.pools.get(pool, source.doing)
         return Plan(
@@ -132,10 +132,6 @@ class Restoring:
         if name not in taken or options.name:
             return name
         return next(one for k in range(2, len(taken) + 3) if (one := f"{name[:59]}-{k}") not in taken)
-
-    def _here(self) -> Here:
-        network = self._host.network
-        return Here(network.host_bridges(), network.bridge, str(network.subnet))
 
     # Doing it
 

@@ -4,7 +4,7 @@ An archive may come from anybody. What gives a container something of this host 
 for by name, and judged in what would be written, not where it came from.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ from sysctr.config.schema import Container
 from sysctr.config.values import parse_name
 from sysctr.engine.archive_head import Head
 from sysctr.engine.changes import with_macs
+from sysctr.engine.host import Host
 from sysctr.engine.identity import cloned_config
+from sysctr.engine.proxmox import unfit
 from sysctr.errors import ConfigError, SysctrError
 
 # What a plain rootfs gets: a card, as any container that is created.
@@ -57,6 +59,8 @@ class Here:
     bridges: frozenset[str]
     own_bridge: str
     subnet: str
+    # Of limits for swap and cores: which it cannot give, and why.
+    unfit: Callable[[object, object], Mapping[str, str]]
 
 
 def archived_name(head: Head, file_name: str) -> str:
@@ -84,6 +88,7 @@ def draft(
         made.edit({"name": parse_name(wishes.name), "template": None})
         _restrict(made, wishes.allow, known)
         _keep_to_bridges(made, here)
+        _fit(made, here)
         if wishes.renew:
             made.text, notes = cloned_config(
                 made.text, wishes.name, here.own_bridge, wishes.changes, keep_addresses=False
@@ -149,3 +154,19 @@ def _keep_to_bridges(made: Draft, here: Here) -> None:
             made.notes.append(f"{nic.name}: there is no bridge {nic.bridge} here: it is on {here.own_bridge}")
     made.edit(edits)
 
+
+def _fit(made: Draft, here: Here) -> None:
+    """Take out the limits that this host cannot give: what is restored after a loss must run."""
+    limits = made.config.limits
+    found = here.unfit(limits.swap_bytes, limits.cores)
+    made.edit(dict.fromkeys(found))
+    made.notes += [f"{key}: {reason}" for key, reason in found.items()]
+
+
+def here_of(host: Host) -> Here:
+    """Return what a host has."""
+    network = host.network
+    return Here(
+        network.host_bridges(), network.bridge, str(network.subnet),
+        lambda swap, cores: unfit(host, swap, cores),
+    )  # fmt: skip

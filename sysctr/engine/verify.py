@@ -5,7 +5,7 @@ from typing import Any
 
 from sysctr.engine.archive_source import Source
 from sysctr.engine.host import Host
-from sysctr.engine.restore_config import Here, Wishes, archived_name, draft
+from sysctr.engine.restore_config import Wishes, archived_name, draft, here_of
 from sysctr.engine.tasks import Task
 from sysctr.errors import SysctrError
 from sysctr.template.unpack import examine
@@ -19,9 +19,7 @@ def verify(host: Host, task: Task, source: Source) -> dict[str, Any]:
     jobs = host.jobs_for_templates()
     head = source.peek(jobs)
     name = archived_name(head, source.name) or "restored"
-    network = host.network
-    here = Here(network.host_bridges(), network.bridge, str(network.subnet))
-    made = draft(head, source.doing, Wishes(name, frozenset(), {}, renew=False), here)
+    made = draft(head, source.doing, Wishes(name, frozenset(), {}, renew=False), here_of(host))
     wanted = _INITS | {made.config.init.lstrip("/")} - {""}
     inits: list[str] = []
 
