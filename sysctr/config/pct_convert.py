@@ -30,7 +30,10 @@ _MOST_WEIGHT = 10000
 _LONGEST_DESCRIPTION_BYTES = 4096
 _LONGEST_NAME = 63
 _MOST = {"tags": 64, "dns.nameservers": 3, "dns.search": 6}
-_NUMBERED = re.compile(r"(net|mp|dev|unused)([0-9]{1,9})")
+_NUMBERED = re.compile(r"(net|mp|dev|unused)([0-9]{1,3})")
+# How far Proxmox counts. Beyond it a hostile file could keep us busy for minutes.
+_HIGHEST = {"net": 31, "mp": 255, "dev": 255, "unused": 255}
+_MOST_RAW = 1024
 _FEATURES = ("nesting", "keyctl", "fuse", "mount", "mknod", "force_rw_sys")
 
 # Keys of which there is no equal, what a reader wants to know of that, and the value that needs no note.
@@ -90,10 +93,12 @@ def from_pct(
     reading = Reading(allow, bridges, managed_subnet)
     root = document.root
     _read_keys(reading, root)
+    for key, value in root.raw[:_MOST_RAW]:
+        read_raw(reading, key, value)
+    if len(root.raw) > _MOST_RAW:
+        reading.dropped("lxc", f"{len(root.raw) - _MOST_RAW} further raw lines")
     for item in root.environment:
         _read_variable(reading, item)
-    for key, value in root.raw:
-        read_raw(reading, key, value)
     for line in root.lines:
         reading.dropped(values.shown(line), "it cannot be read")
     for problem in document.problems:
@@ -128,6 +133,8 @@ def _read_keys(reading: Reading, root: Section) -> None:
     for key in sorted(root.values, key=_order):
         value = root.values[key]
         numbered = _NUMBERED.fullmatch(key)
+        if numbered and int(numbered[2]) > _HIGHEST[numbered[1]]:
+            numbered = None
         if key in _READERS:
             _READERS[key](reading, key, value)
         elif key in _NO_EQUAL:
@@ -201,7 +208,9 @@ def _read_hostname(reading: Reading, key: str, value: str) -> None:
 
 def _read_description(reading: Reading, text: str) -> None:
     one_line = " ".join(filter(None, (line.strip() for line in text.split("\n")))) if "\n" in text else text
-    kept = "".join(character if _fits(character) else " " for character in one_line)
+    kept = "".join(
+        character if _fits(character) else " " for character in one_line[:_LONGEST_DESCRIPTION_BYTES]
+    )
     kept = kept.encode()[:_LONGEST_DESCRIPTION_BYTES].decode("utf-8", "ignore")
     if kept != text:
         reading.changed("description", "it is one line here")

@@ -67,6 +67,7 @@ def test_a_whole_file_becomes_a_document_and_the_same_file() -> None:
     [
         ("", ""),
         ("\n \t\n", ""),
+        ("\u00a0\nhostname: a\u00a0 \n", "hostname: a\u00a0\n\u00a0\n"),
         ("arch:amd64", "arch: amd64\n"),
         ("arch:  amd64 \t\r\n", "arch: amd64\n"),
         ("b: 1\na: 2\n", "a: 2\nb: 1\n"),

@@ -197,6 +197,17 @@ def test_who_asks_by_dhcp_is_managed_here_or_asks_on() -> None:
     assert container_of(read(text, bridges={"vmbr0"})).nets[0].ip == "manual"
 
 
+@pytest.mark.parametrize(
+    "line", ["mp{}: a:1,mp=/x", "net{}: name=e,bridge=b", "dev{}: /dev/a", "lxc.mount.entry: /a{} a n bind"]
+)
+def test_a_file_that_is_built_to_take_long_does_not(line: str) -> None:
+    text = "".join(f"{line.format(number)}\n" for number in range(30_000))
+    converted = read(text, allow=PERMISSIONS)
+    # Each that is tried costs the check of the whole configuration.
+    assert len(converted.changes) < 200
+    assert len(converted.notes) > 1000
+
+
 def test_more_cards_than_there_can_be_are_told() -> None:
     text = "".join(f"net{number}: name=e{number},bridge=b\n" for number in range(40))
     converted = read(text)
