@@ -190,7 +190,8 @@ class Node:
                 self._holder.wait()
             if not self.keep:
                 _unmount_below(self.root)
-                shutil.rmtree(self.root)
+                # A program that the daemon started to empty its trash may still be at it.
+                shutil.rmtree(self.root, onerror=_unless_gone)
 
     def _make_namespaces(self) -> None:
         # sysfs shows the links of the network namespace it was mounted in; a file holds nothing open, a
@@ -236,6 +237,11 @@ def join(left: Node, right: Node) -> dict[Node, str]:
         node.shell("ip", "address", "add", f"{addresses[node]}/24", "dev", name)
         node.shell("ip", "link", "set", name, "up")
     return addresses
+
+
+def _unless_gone(_function: object, _path: str, raised: tuple) -> None:
+    if not isinstance(raised[1], FileNotFoundError):
+        raise raised[1]
 
 
 def _unmount_below(root: str) -> None:

@@ -205,7 +205,9 @@ def examine(
 
 def _free_bytes(directory: str) -> int:
     status = os.statvfs(directory)
-    return max(status.f_bavail * status.f_frsize - _RESERVE_BYTES, 1)
+    # What others need of a disk that many share; a volume with a limit of its own is its container's alone.
+    reserve_bytes = min(_RESERVE_BYTES, status.f_blocks * status.f_frsize // 64)
+    return max(status.f_bavail * status.f_frsize - reserve_bytes, 1)
 
 
 def _take_line(line: str, outcome: Outcome, limits: Limits) -> None:

@@ -359,7 +359,9 @@ def test_processor_time_is_limited_and_counted(bed: Bed) -> None:
     limited_s = float(child.ask("burn 0.6"))
     assert limited_s < 0.3
     counted_usec = bed.driver.usage(101).cpu_usec - before
-    assert abs(counted_usec - limited_s * 1e6) < 100_000
+    # The program's own clock runs only while it burns; what it does before and after is counted too, and on
+    # an emulated processor that is a tenth of a second.
+    assert -20_000 < counted_usec - limited_s * 1e6 < 300_000
     bed.driver.set_limits(101, Limits())
     assert float(child.ask("burn 0.6")) > limited_s
 
