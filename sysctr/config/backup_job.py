@@ -76,9 +76,9 @@ def _address(text: str) -> str:
 
 def _pattern(text: str) -> str:
     values.parse_text(text)
-    # As tar: a slash at the end would make it fit nothing.
-    if not text.startswith("/") or text.endswith("/"):
-        raise values.refuse(text, "a path inside a container such as /var/cache/*, without / at its end")
+    # As tar has it: a slash at the end would make it fit nothing.
+    if text.endswith("/"):
+        raise values.refuse(text, "a pattern of paths such as /var/cache/* or *.iso, without / at its end")
     return text
 
 
@@ -98,7 +98,7 @@ _REFS = kinds.list_kind(
     kinds.text_kind("CT", "an id or a name", _ref, may_be_empty=False), "a list of ids or names", 10_000
 )
 _PATTERNS = kinds.list_kind(
-    kinds.text_kind("PATH", "a path inside", _pattern, may_be_empty=False), "a list of paths inside", 256
+    kinds.text_kind("PATH", "a pattern of paths", _pattern, may_be_empty=False), "a list of patterns", 256
 )
 _ADDRESSES = kinds.list_kind(
     kinds.text_kind("ADDRESS", "a mail address", _address, may_be_empty=False), "a list of mail addresses", 32

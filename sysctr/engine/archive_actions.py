@@ -59,6 +59,13 @@ class ArchiveActions:
         return self._submit(record, lambda task: self._backups.backup(task, record.id, options))
 
     @naming
+    def start(self, ref: str, options: BackupOptions) -> Task:
+        """Write an archive of a container as the options say."""
+        record = self._find(ref)
+        self._backups.check(record, options)
+        return self._submit(record, lambda task: self._backups.backup(task, record.id, options))
+
+    @naming
     def stream(self, ref: str, spec: Mapping[str, Any], out_fd: int) -> Task:
         """Write an archive of a container to a descriptor, which is closed afterwards."""
         try:

@@ -23,7 +23,11 @@ _VERDICTS_SHOWN = 1000
 def note_success(host: Host, number: int, archive: str, size_bytes: int) -> None:
     """Remember of a container that it was backed up now, and where to."""
     done = {"time": round(time.time(), 3), "archive": archive, "size_bytes": size_bytes}
-    host.store.update(number, last_backup=done)
+    try:
+        host.store.update(number, last_backup=done)
+    except SysctrError as error:
+        # Destroyed meanwhile, or the disk is full: the archive is made all the same.
+        log.warning("%d: cannot note its backup: %s", number, error.message)
 
 
 class Archiving:

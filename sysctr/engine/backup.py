@@ -15,6 +15,7 @@ from sysctr.config.backup import CODECS, MODES
 from sysctr.engine import partial
 from sysctr.engine.archive_head import CONFIG_MEMBER, FIREWALL_MEMBER, OWN_MEMBER, own_facts
 from sysctr.engine.archive_writer import Content, Written, write_archive
+from sysctr.engine.archiving import note_success
 from sysctr.engine.backup_state import States
 from sysctr.engine.host import Host
 from sysctr.engine.journal import Journal
@@ -88,6 +89,7 @@ class Backups:
             task.step("completing the archive")
             _tell(task, written, pause_s)
             out.complete_with(host.tasks.read_log(task.id), options.notes, protected=options.protected)
+        note_success(host, number, out.path, written.archive_bytes)
         host.bus.publish("backup", container=number, archive=out.path, size_bytes=written.archive_bytes)
         return {"archive": out.path, **_result(number, written, pause_s)}
 

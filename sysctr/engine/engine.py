@@ -13,6 +13,7 @@ from sysctr.config import pct
 from sysctr.engine import guest
 from sysctr.engine.archive_actions import ArchiveActions
 from sysctr.engine.archiving import Archiving
+from sysctr.engine.backup_jobs import BackupJobs
 from sysctr.engine.changes import Changes
 from sysctr.engine.creation import Creation
 from sysctr.engine.disks import Disks
@@ -51,10 +52,11 @@ class Engine:
         self._lifecycle = Lifecycle(self._host)
         self._creation = Creation(self._host, self._lifecycle)
         self.history = History(self._host, self._lifecycle, self._creation)
-        self.archiving = Archiving(self._host)
+        self.archiving = Archiving(self._host, lambda: self.backup_jobs.directories())
         self.archive = ArchiveActions(
             self._host, self.history.backups, self.history.restoring, self.archiving
         )
+        self.backup_jobs = BackupJobs(self._host, self.archiving, self.archive.start)
         self._view = View(self._host)
         self._doors = Doors(self._host)
         self._changes = Changes(self._host)
@@ -88,15 +90,18 @@ class Engine:
         # Last: it may start a container that asked for a reboot, whose cgroup and link are no leftovers.
         host.live.follow()
         self.history.open(to_start)
+        self.backup_jobs.open()
 
     def close(self) -> None:
         """Let go; containers run on."""
+        self.backup_jobs.close()
         self.history.close()
         self._host.close()
 
     def reload(self) -> None:
         """Read the host's settings again."""
         self._host.reload()
+        self.backup_jobs.look()
 
     # Looking
 
@@ -181,7 +186,7 @@ class Engine:
 
     def doctor(self) -> "list[dict]":
         """Check the host and say how to mend what is wrong."""
-        return [*self._view.doctor(), *self.history.checks()]
+        return [*self._view.doctor(), *self.history.checks(), *self.backup_jobs.checks()]
 
     # Doing
 
@@ -350,8 +355,8 @@ class Engine:
     # Pools
 
     def notices(self) -> "list[str]":
-        """Return what whoever looks at the containers should know: pools that run out of room."""
-        return self._disks.notices()
+        """Return what whoever looks at the containers should know: what runs out of room, what failed."""
+        return [*self._disks.notices(), *self.backup_jobs.notices()]
 
     def disk_usage(self) -> "list[dict]":
         """Return what each container takes of which pool, and what limits it."""
