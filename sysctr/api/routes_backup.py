@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sysctr.api.fields import Array, Boolean, Field, Nullable, Number, Object, Text
+from sysctr.api.fields import Anything, Array, Boolean, Field, Nullable, Number, Object, Table, Text
 from sysctr.api.route import Call, Route
 
 _PATH = Text(4096, raw=True)
@@ -69,5 +69,44 @@ BACKUP_ROUTES: tuple[Route, ...] = (
             Field("dry_run", Boolean(), "only say which"),
         ),
         answer="task", status=202,
+    ),
+    # Jobs
+    Route(
+        "GET", "/1/backup-jobs", lambda engine, call: {"jobs": engine.backup_jobs.list()},
+        "all backup jobs with what became of their last runs", answer="jobs",
+    ),
+    Route(
+        "POST", "/1/backup-jobs",
+        lambda engine, call: engine.backup_jobs.add(call.body["name"], call.body["settings"]),
+        "make a backup job",
+        (
+            Field("name", Text(63), "unique name: lower-case letters, digits, -", required=True),
+            Field("settings", Table(Anything()), "the keys of its file", required=True),
+        ),
+        answer="job notes",
+    ),
+    Route(
+        "GET", "/1/backup-jobs/{name}", lambda engine, call: engine.backup_jobs.show(call.path["name"]),
+        "a backup job, and its file", answer="job toml digest",
+    ),
+    Route(
+        "PUT", "/1/backup-jobs/{name}",
+        lambda engine, call: engine.backup_jobs.replace(
+            call.path["name"], call.body["toml"], call.body["digest"]
+        ),
+        "replace the file of a backup job",
+        (
+            Field("toml", Text(256 << 10), "the whole text", required=True),
+            Field("digest", Text(128), "of the text that was edited", required=True),
+        ),
+        answer="job notes",
+    ),
+    Route(
+        "DELETE", "/1/backup-jobs/{name}", lambda engine, call: engine.backup_jobs.remove(call.path["name"]),
+        "forget a backup job; its archives stay",
+    ),
+    Route(
+        "POST", "/1/backup-jobs/{name}/run", lambda engine, call: engine.backup_jobs.run(call.path["name"]),
+        "run a backup job now", answer="task", status=202,
     ),
 )  # fmt: skip

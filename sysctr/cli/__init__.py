@@ -64,6 +64,12 @@ COMMANDS = {
     "pool show": ("pool", "host", "show a pool with what is in it"),
     "pool add": ("pool", "host", "make a directory a storage pool"),
     "pool remove": ("pool", "host", "remove storage pools that no container is in"),
+    "backup job list": ("backup_jobs", "host", "list the backup jobs"),
+    "backup job show": ("backup_jobs", "host", "show a backup job and how its last run went"),
+    "backup job add": ("backup_jobs", "host", "make a backup job"),
+    "backup job edit": ("backup_jobs", "host", "edit the file of a backup job in $EDITOR"),
+    "backup job run": ("backup_jobs", "host", "run backup jobs now"),
+    "backup job remove": ("backup_jobs", "host", "forget backup jobs; their archives stay"),
     "task list": ("task", "host", "list the tasks"),
     "task show": ("task", "host", "show a task and its log"),
     "task wait": ("task", "host", "wait for tasks and report their end"),
@@ -80,7 +86,7 @@ COMMANDS = {
     "completion": ("help", "help", "print the completion script of a shell"),
     "_words": ("help", "", "list names for the completion scripts"),
 }
-FAMILIES = ("mount", "backup", "template", "pool", "task", "daemon")
+FAMILIES = ("mount", "backup", "backup job", "template", "pool", "task", "daemon")
 _MOST_WORDS = 3
 
 
@@ -89,6 +95,8 @@ def split_command(argv: "list[str]") -> "tuple[str, list[str]]":
 
     >>> split_command(["template", "list", "--json"]), split_command(["list"])
     (('template list', ['--json']), ('list', []))
+    >>> split_command(["backup", "job", "run", "x"]), split_command(["backup", "job", "ran"])
+    (('backup job run', ['x']), ('backup job', ['ran']))
     """
     if argv[0] in FAMILIES:
         for count in range(min(_MOST_WORDS, len(argv)), 1, -1):

@@ -137,7 +137,7 @@ def _mark(parser: argparse.ArgumentParser, shtab) -> None:  # type: ignore[no-un
 
 
 def _words_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=(*_KINDS, "commands", "keys", "snapshots", "archives"))
+    parser.add_argument("kind", choices=(*_KINDS, "commands", "keys", "snapshots", "archives", "jobs"))
 
 
 def _words(arguments: argparse.Namespace, client: "Client") -> None:
@@ -158,6 +158,9 @@ def _words(arguments: argparse.Namespace, client: "Client") -> None:
             answer = client.get(path("containers", str(container["id"]), "snapshots"), timeout_s=2.0)
             names.update(one["name"] for one in field(answer, "snapshots"))
         print("\n".join(sorted(names)))
+        return
+    if arguments.kind == "jobs":
+        print("\n".join(one["name"] for one in field(client.get(path("backup-jobs"), timeout_s=2.0), "jobs")))
         return
     if arguments.kind == "archives":
         found = field(client.get(path("backups"), timeout_s=2.0), "archives")

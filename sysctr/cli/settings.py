@@ -186,11 +186,18 @@ def _edit_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _edit(arguments: "argparse.Namespace", client: "Client") -> None:
+    where = path("containers", arguments.container, "config")
+    changed = edit_text(client, where, arguments.container)
+    if changed is not None:
+        _report(changed, False)
+
+
+def edit_text(client: "Client", where: str, called: str) -> "dict[str, Any] | None":
+    """Edit a text of the daemon's in $EDITOR until it is taken; return the answer, None without a change."""
     import tempfile
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise errors.UsageError("cannot edit: there is no terminal", "use `sysctr set` in scripts")
-    where = path("containers", arguments.container, "config")
     answer = client.get(where)
     fd, draft = tempfile.mkstemp(prefix="sysctr-", suffix=".toml")
     with os.fdopen(fd, "w", encoding="utf-8") as out:
@@ -201,7 +208,7 @@ def _edit(arguments: "argparse.Namespace", client: "Client") -> None:
         if text == answer["toml"]:
             os.unlink(draft)
             notice("nothing was changed")
-            return
+            return None
         try:
             changed = client.request("PUT", where, {"toml": text, "digest": answer["digest"]})
         except errors.SysctrError as error:
@@ -209,12 +216,11 @@ def _edit(arguments: "argparse.Namespace", client: "Client") -> None:
             if error.exit_code == errors.UsageError.exit_code and _asked("edit it again? [Y/n] "):
                 continue
             raise errors.UsageError(
-                f"cannot change {arguments.container}: the edited text was not taken",
+                f"cannot change {called}: the edited text was not taken",
                 f"it is kept in {draft}",
             ) from error
         os.unlink(draft)
-        _report(changed, False)
-        return
+        return dict(changed)
 
 
 def _draft_text(draft: str) -> str:

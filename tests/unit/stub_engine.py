@@ -37,6 +37,7 @@ class Engine:
         self.history = History(self)
         self.archiving = Archiving(self)
         self.archive = ArchiveActions(self)
+        self.backup_jobs = BackupJobs(self)
 
     def open(self) -> None:
         self.calls.append(("open",))
@@ -284,6 +285,32 @@ class ArchiveActions:
 
     def verify(self, ref: str) -> Task:
         return self._engine._act("backup-verify", ref, {})
+
+
+class BackupJobs:
+    """What the engine does with backup jobs, as the real one has it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def list(self) -> "list[dict]":
+        return []
+
+    def show(self, name: str) -> dict:
+        return {"job": {"name": name}, "toml": "", "digest": "0"}
+
+    def add(self, name: str, settings: dict) -> dict:
+        self._engine.calls.append(("backup-job-add", name, settings))
+        return {"job": {"name": name}, "notes": []}
+
+    def replace(self, name: str, text: str, digest: str) -> dict:
+        return {"job": {"name": name}, "notes": []}
+
+    def remove(self, name: str) -> None:
+        self._engine.calls.append(("backup-job-remove", name))
+
+    def run(self, name: str) -> Task:
+        return self._engine._act("backup-run", name, {})
 
 
 class Supervisor:
