@@ -106,9 +106,19 @@ def test_check_changes_nothing(tmp_path: Path) -> None:
     assert not root.exists()
 
 
-def test_uninstall_purge_leaves_nothing() -> None:
+def test_uninstall_purge_leaves_nothing_but_backups() -> None:
     with Node() as node:
         assert run(node.root, "quickstart", "--no-demo").returncode == 0
+        archive = Path(node.layout.backups, "vzdump-lxc-101-2026_01_31-12_00_00.tar.zst")
+        archive.parent.mkdir(mode=0o700)
+        archive.write_bytes(b"all that is left")
+        done = run(node.root, "uninstall", "--purge")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"Kept: the backups in {archive.parent}" in done.stdout
+        assert os.listdir(node.root) == ["lib"]
+        assert os.listdir(node.layout.lib) == ["backups"]
+        assert archive.read_bytes() == b"all that is left"
+        archive.unlink()
         done = run(node.root, "uninstall", "--purge")
         assert done.returncode == 0, done.stdout + done.stderr
         assert removal.service_pids(node.layout) == {}
