@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.node import Node, kill
-from tests.system.guests import create, refused, shell
+from tests.system.guests import Terminal, create, refused, shell
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("userns", "idmap", "overlay", "busybox")]
@@ -166,4 +166,11 @@ def test_a_job_is_edited_with_its_mistakes_told(shared_host: Node, dump: Path, t
     )
     refused(host, 3, "it does not exist", "backup", "job", "add", "x", ref, "--dir", f"{tmp_path}/none")
     assert host.run("_words", "jobs").out == "edited\n"
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\nsed -i "s/off/weekly sun 22:00/" "$1"\n')
+    editor.chmod(0o755)
+    with Terminal(host, "backup", "job", "edit", "edited", env={"EDITOR": str(editor)}) as one:
+        one.expect("changed edited, next run ")
+        assert one.end() == 0
+    assert job(host, "edited")["schedule"] == "weekly sun 22:00"
     host.run("backup", "job", "remove", "edited")
