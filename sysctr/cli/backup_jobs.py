@@ -282,7 +282,7 @@ COMMANDS = {
         ),
         examples=(
             "sysctr backup job add nightly --all --keep-last 3 --keep-weekly 4",
-            "sysctr backup job add web web db --schedule hourly --dir /mnt/nas/dump --keep-hourly 24",
+            "sysctr backup job add often web db --schedule hourly --dir /mnt/nas/dump --keep-hourly 24",
             "sysctr backup job add prod --tag prod --mail-to admin@example.org --on-failure 'logger lost'",
         ),
     ),

@@ -130,8 +130,8 @@ def _backups(arguments: "argparse.Namespace", client: "Client") -> None:
         now_s = time.time()
         print_table(_SUMMARY, [_summary_row(one, now_s) for one in containers])
     else:
-        now_s = time.time()
-        rows = [_row(one, now_s, elsewhere=_elsewhere(archives)) for one in archives]
+        now_s, elsewhere = time.time(), len({one["directory"] for one in archives}) > 1
+        rows = [_row(one, now_s, elsewhere=elsewhere) for one in archives]
         print_table(_COLUMNS, rows, if_empty="no backups; `sysctr backup CT` makes one")
     for problem in answer["problems"]:
         notice(problem)
@@ -144,10 +144,6 @@ def _number(ref: str, containers: "list[dict[str, Any]]") -> int:
     if ref.isascii() and ref.isdigit():
         return int(ref)
     raise errors.NotFound(f"cannot find container {ref}", "`sysctr list` shows what there is")
-
-
-def _elsewhere(archives: "list[dict[str, Any]]") -> bool:
-    return len({one["directory"] for one in archives}) > 1
 
 
 def _row(archive: "dict[str, Any]", now_s: float, *, elsewhere: bool) -> "list[str]":

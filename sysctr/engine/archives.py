@@ -189,8 +189,13 @@ class Directory:
 
     def list(self) -> list[Archive]:
         """Return every archive in it: by type, number and time, those that were renamed last."""
+        return self._list(self._names())
+
+    def _names(self) -> "set[str]":
         with os.scandir(self._fd) as entries:
-            names = {entry.name for entry in entries}
+            return {entry.name for entry in entries}
+
+    def _list(self, names: "set[str]") -> "list[Archive]":
         found = []
         for name in names:
             # One look at each file; its neighbours are known by their names already.
@@ -231,7 +236,7 @@ class Directory:
         with _changing:
             archive = self.get(name)
             refuse_protected(archive)
-            self._remove(archive)
+            self._remove(archive, self._names())
         return archive
 
     def protect(self, name: str, protected: bool) -> Archive:
@@ -272,23 +277,25 @@ class Directory:
         """
         wanted = None if numbers is None else set(numbers)
         with _changing:
-            archives = [one for one in self.list() if wanted is None or one.number in wanted]
+            names = self._names()
+            archives = [one for one in self._list(names) if wanted is None or one.number in wanted]
             verdicts = judge(archives, rules)
             if dry_run:
                 return verdicts
-            return [self._carry_out(one) if one.mark == "remove" else one for one in verdicts]
+            return [self._carry_out(one, names) if one.mark == "remove" else one for one in verdicts]
 
-    def _carry_out(self, verdict: Verdict) -> Verdict:
+    def _carry_out(self, verdict: Verdict, names: "set[str]") -> Verdict:
         # Another host that has this directory too may have protected it a moment ago.
         if self._exists(f"{verdict.archive.name}{PROTECTED}"):
             return Verdict(verdict.archive, "protected")
         try:
-            self._remove(verdict.archive)
+            self._remove(verdict.archive, names)
+            names.discard(verdict.archive.name)
         except SysctrError as error:
             return Verdict(verdict.archive, verdict.mark, error.message)
         return verdict
 
-    def _remove(self, archive: Archive) -> None:
+    def _remove(self, archive: Archive, names: "set[str]") -> None:
         name = archive.name
         with _saying(f"remove {values.shown(name)[1:-1]}", self.path):
             # First the archive: without it the rest is nothing, and it may be what cannot be removed.
@@ -296,7 +303,8 @@ class Directory:
             self._unlink(f"{name}{NOTES}")
             if not archive.renamed:
                 base = log_name(name).removesuffix(LOG)
-                if not any(self._is_regular(f"{base}{suffix}") for suffix in _COMPRESSED):
+                twins = {f"{base}{suffix}" for suffix in _COMPRESSED} - {name}
+                if not twins & names:
                     self._unlink(f"{base}{LOG}")
 
     def _look(self, name: str, names: "set[str] | None") -> Archive | None:
@@ -343,12 +351,6 @@ class Directory:
             os.close(file_fd)
             raise OSError(errno.EINVAL, "not a regular file", name)
         return file_fd
-
-    def _is_regular(self, name: str) -> bool:
-        try:
-            return stat.S_ISREG(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode)
-        except OSError:
-            return False
 
     def _exists(self, name: str) -> bool:
         try:

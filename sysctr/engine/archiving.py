@@ -135,11 +135,13 @@ class Archiving:
             verdicts = one.prune(rules, numbers, dry_run=dry_run)
         removed = [verdict for verdict in verdicts if verdict.mark == "remove" and not verdict.error]
         failed = [verdict for verdict in verdicts if verdict.error]
-        for verdict in [] if dry_run else removed:
-            task.log(f"removed {values.shown(verdict.archive.name)[1:-1]}")
-            self._publish(verdict.archive.path, "removed")
-        for verdict in failed:
-            task.log(verdict.error)
+        if not dry_run:
+            told = [f"removed {values.shown(verdict.archive.name)[1:-1]}" for verdict in removed]
+            told += [verdict.error for verdict in failed]
+            if told:
+                task.log("\n".join(told))
+            for verdict in removed:
+                self._publish(verdict.archive.path, "removed")
         if failed:
             more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
             raise SysctrError(f"{failed[0].error}{more}")

@@ -200,12 +200,15 @@ class BackupJobs:
 
     def notices(self) -> "list[str]":
         """Return what whoever looks at the containers should know: jobs that failed."""
-        return [
-            f"backup job {shown['name']}: {shown['error'] or 'its last run failed'} "
-            f"(`sysctr backup job show {shown['name']}`)"
-            for shown in self.list()
-            if shown["error"] or shown["state"] == "failed"
-        ]
+        found = []
+        # No file is read for this: the list of containers is asked for all the time.
+        for name in self._files.names():
+            with self._lock:
+                failed = self._state(name).state == "failed"
+            words = self._told.get(name) or ("its last run failed" if failed else "")
+            if words:
+                found.append(f"backup job {name}: {words} (`sysctr backup job show {name}`)")
+        return found
 
     def checks(self) -> "list[dict[str, Any]]":
         """Return what `doctor` says of jobs; nothing on a host without any."""
@@ -238,8 +241,9 @@ class BackupJobs:
     def _run_due(self, now_s: float) -> float:
         """Run what is due, and return when to look again."""
         next_s = now_s + _LOOK_S
-        for one in self._files.all():
-            self._tell_mistake(one)
+        jobs = self._files.all()
+        self._tell_mistakes(jobs)
+        for one in jobs:
             if one.job is None:
                 continue
             resume, due = False, False
@@ -324,10 +328,11 @@ class BackupJobs:
                     state.last_success = state.ended
             self._save(name)
 
-    def _tell_mistake(self, one: JobFile) -> None:
-        if one.mistake and self._told.get(one.name) != one.mistake:
-            log.error("backup job %s is not run: %s", one.name, one.mistake)
-        self._told[one.name] = one.mistake
+    def _tell_mistakes(self, jobs: "list[JobFile]") -> None:
+        for one in jobs:
+            if one.mistake and self._told.get(one.name) != one.mistake:
+                log.error("backup job %s is not run: %s", one.name, one.mistake)
+        self._told = {one.name: one.mistake for one in jobs}
 
     # What is remembered; with the lock held
 

@@ -561,6 +561,12 @@ def test_a_file_with_a_mistake_is_listed_and_not_run(place: Place) -> None:
         with pytest.raises(NotFound):
             place.jobs.show(name)
     assert [check["state"] for check in place.jobs.checks()] == ["fail", "fail", "ok"]
+    place.jobs._run_due(time.time())
+    assert ["al: no such key" in notice for notice in place.jobs.notices()] == [True, False]
+    (Path(place.where.backup_jobs) / "bad.toml").unlink()
+    (Path(place.where.backup_jobs) / "bytes.toml").write_text("schema = 1\nall = true\n")
+    place.jobs._run_due(time.time())
+    assert place.jobs.notices() == []
 
 
 def test_an_edit_is_checked_and_loses_no_other_edit(place: Place) -> None:
