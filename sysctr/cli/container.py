@@ -225,10 +225,10 @@ def _last_backup(made: "dict[str, Any] | None") -> str:
 
 
 def _disk(container: "dict[str, Any]") -> str:
-    used, limit = container.get("disk_used_bytes"), container.get("disk_limit_bytes")
+    limit = container.get("disk_limit_bytes")
     if limit is None:
-        return _unless_none(used, size)
-    return f"{size(used)} of {size(limit)}"
+        return _unless_none(container.get("disk_used_bytes"), size)
+    return f"{size(container.get('disk_filled_bytes'))} of {size(limit)}"
 
 
 def _memory(usage: "dict[str, Any]") -> str:

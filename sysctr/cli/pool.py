@@ -230,7 +230,9 @@ def _disk_rows(disk: "dict[str, Any]") -> "list[list[str]]":
         ]
     rows = []
     for volume in sorted(disk["volumes"], key=lambda one: (one["volume"] != number, one["volume"])):
-        used, limit = volume["used_bytes"], volume["limit_bytes"]
+        limit = volume["limit_bytes"]
+        # Beside a limit, what counts towards it: that may be shared with snapshots and clones.
+        used = volume["used_bytes"] if limit is None else volume["filled_bytes"]
         share = f"{100 * used // limit}%" if limit and used is not None else "-"
         below = volume["volume"].removeprefix(number).replace("-", " ", 1)
         row = [number, f"{disk['name']}{below}", volume["pool"], size(used), size(limit), share]

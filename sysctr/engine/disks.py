@@ -264,13 +264,18 @@ def _volume(driver: Driver, volume: str, names: "dict[int, str]") -> dict:
 
 
 def _usage(driver: Driver, volume: str, deadline: float) -> dict[str, Any]:
-    """Return what a volume takes; measured now where it never was and the deadline is not over."""
-    fact: dict[str, Any] = {"used_bytes": None, "limit_bytes": None, "snapshots": None}
+    """Return what a volume takes; measured now where it never was and the deadline is not over.
+
+    `used_bytes` is what the pool would get back, `filled_bytes` what counts towards the limit.
+    """
+    fact: dict[str, Any] = {"used_bytes": None, "filled_bytes": None, "limit_bytes": None, "snapshots": None}
     try:
         used = driver.usage(volume)
         if used is None and time.monotonic() < deadline:
             used = driver.measure(volume)
-        fact |= {"used_bytes": used, "limit_bytes": driver.size(volume)}
+        fact |= {
+            "used_bytes": used, "filled_bytes": driver.filled(volume), "limit_bytes": driver.size(volume),
+        }  # fmt: skip
         return fact | {"snapshots": len(driver.snapshots(volume))}
     except (SysctrError, OSError) as error:
         log.debug("volume %s: %s", volume, error)

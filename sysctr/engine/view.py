@@ -54,7 +54,7 @@ class View:
             **self.short(record),
             "uuid": record.uuid, "generation": record.generation, "created": record.created,
             "idmap": {"first": record.idmap_first, "count": record.idmap_count}, "volume": record.volume,
-            "disk_used_bytes": self._disk_used(record), "disk_limit_bytes": disk_limit(self._host, record),
+            **self._disk(record), "disk_limit_bytes": disk_limit(self._host, record),
             "config_file": self._host.where.container_config(record.id),
         }  # fmt: skip
         if config is not None:
@@ -163,8 +163,10 @@ class View:
     def _veth(self, container_id: int, index: int) -> str:
         return self._host.where.veth(container_id, index)
 
-    def _disk_used(self, record: Record) -> int | None:
+    def _disk(self, record: Record) -> "dict[str, int | None]":
         try:
-            return self._host.driver(record).usage(record.volume)
+            driver = self._host.driver(record)
+            used, filled = driver.usage(record.volume), driver.filled(record.volume)
         except (SysctrError, OSError):
-            return None
+            used = filled = None
+        return {"disk_used_bytes": used, "disk_filled_bytes": filled}

@@ -195,6 +195,9 @@ class Driver(Protocol):
     def usage(self, volume: str) -> int | None:
         """Return the bytes that belong to the volume alone as last measured; None before the first time."""
 
+    def filled(self, volume: str) -> int | None:
+        """Return the bytes that count towards the volume's limit, what it shares with others among them."""
+
     def measure(self, volume: str) -> int:
         """Measure the same now, however long it takes."""
 

@@ -135,6 +135,13 @@ class BtrfsDriver(RecordedDriver):
         except OSError:
             return None
 
+    def filled(self, volume: str) -> int | None:
+        """Return the bytes that the volume refers to: its limit counts what it shares with snapshots too."""
+        try:
+            return self._number(self._disk(volume), "referenced")
+        except OSError:
+            return None
+
     def measure(self, volume: str) -> int:
         """Return the same as of now."""
         disk = self._disk(volume)

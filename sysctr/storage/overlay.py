@@ -342,6 +342,10 @@ class OverlayDriver(KeepsRecords):
         """Return the bytes that belong to the volume alone as last measured; asks for another measurement."""
         return self._sizes.usage(volume)
 
+    def filled(self, volume: str) -> int | None:
+        """Return the bytes that count towards the volume's limit: nothing that it shares does."""
+        return self.usage(volume)
+
     def measure(self, volume: str) -> int:
         """Walk the volume's own layers now and return their bytes."""
         return self._sizes.measure(volume)

@@ -229,6 +229,14 @@ class RecordedDriver(KeepsRecords, ABC):
             self._point("clone.recorded")
         self._point("clone.published")
 
+    @abstractmethod
+    def usage(self, volume: str) -> int | None:
+        """Return the bytes that belong to the volume alone as last measured; None before the first time."""
+
+    def filled(self, volume: str) -> int | None:
+        """Return the bytes that count towards the volume's limit."""
+        return self.usage(volume)
+
     def users_of(self, layer: str) -> "list[str]":
         """Return nothing: a volume has a copy of its own of the template."""
         return []

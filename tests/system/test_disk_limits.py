@@ -96,6 +96,18 @@ def test_a_limit_is_kept_and_grows_while_the_container_runs(kept: Kept) -> None:
     kept.host.run("destroy", name, "--force", "--yes")
 
 
+def test_how_full_a_disk_is_counts_what_it_shares_with_snapshots(kept: Kept) -> None:
+    name = limited(kept, "64M")
+    assert fill(kept, name, "/root/file", 30) == (0, 30)
+    kept.host.run("stop", name)
+    kept.host.run("snapshot", name, "one")
+    (disk,) = kept.host.json("df", name)
+    assert 30 * _MIB <= disk["volumes"][0]["filled_bytes"] < 64 * _MIB
+    share = kept.host.run("df", name).out.splitlines()[1].split()[5]
+    assert 45 <= int(share.rstrip("%")) < 100
+    kept.host.run("destroy", name, "--yes")
+
+
 def test_a_limit_below_what_is_used_is_refused_with_numbers(kept: Kept) -> None:
     name = limited(kept, "192M")
     assert fill(kept, name, "/root/big", 100) == (0, 100)
