@@ -56,7 +56,7 @@ class Container:
             container.let_go(kept)
         elif pidfd < 0:
             container.let_go(kept)
-            container.on_exit(supervisor.exits.get(pid, UNKNOWN_STATUS))
+            container.on_exit(supervisor.exit_of(pid))
         else:
             try:
                 container.take_descriptors(kept, fresh=False)

@@ -20,7 +20,7 @@ from sysctr.linux import process
 from sysctr.paths import Layout, layout
 from sysctr.runtime import wire
 from sysctr.runtime.begin import descriptor_argument, log, supervisor_argv
-from sysctr.runtime.containers import Container, Creation
+from sysctr.runtime.containers import UNKNOWN_STATUS, Container, Creation
 from sysctr.runtime.loop import Loop
 from sysctr.runtime.notify import discard, reap_later
 from sysctr.runtime.records import Records
@@ -338,6 +338,18 @@ class Supervisor:
                 self.exits[message["reaped"]] = message["status"]
             elif "end" in message:
                 return kept
+
+    def exit_of(self, pid: int) -> int:
+        """Return how a process ended that is gone, as far as the keeper knows."""
+        if pid not in self.exits and self.keeper is not None:
+            # It may have gone since the keeper told what it knows. Being gone it was reaped before, so the
+            # keeper, who does one thing at a time, tells now or never knew it.
+            try:
+                for fds in self._kept_by_keeper().values():
+                    wire.close_all(list(fds.values()))
+            except (OSError, wire.WireError) as error:
+                log(f"the keeper does not answer: {error}")
+        return self.exits.get(pid, UNKNOWN_STATUS)
 
     def _on_keeper(self, _events: int) -> None:
         try:
