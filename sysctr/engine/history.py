@@ -60,7 +60,10 @@ class History:
         for number, entry in self._journal.pending():
             try:
                 record = self._host.store.load(number)
-                if entry["action"] == "rollback":
+                if entry["action"] == "restart":
+                    if self._lifecycle.finish_restart(number, float(entry["until"])):
+                        to_start.append(number)
+                elif entry["action"] == "rollback":
                     if self._rollback.finish(record, entry):
                         to_start.append(number)
                 elif entry["action"] == "restore":

@@ -13,11 +13,13 @@ from sysctr.cgroup.base import Limits
 from sysctr.engine import guest
 from sysctr.engine.disks import fit_before_start
 from sysctr.engine.host import REBOOT_PATIENCE_S, Host
+from sysctr.engine.journal import Journal
 from sysctr.engine.live import UNKNOWN_STATUS, Live, exit_reason
 from sysctr.engine.plan import ContainerFacts, Idmap, container_plan
 from sysctr.engine.record import Record
 from sysctr.engine.tasks import Task
 from sysctr.errors import Busy, NoDaemon, NotFound, Refused, SysctrError, WrongState
+from sysctr.linux import fault
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +54,14 @@ class Lifecycle:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._journal = Journal(host.store)
         self._reboots: dict[int, list[float]] = {}
         # Those that somebody outside wants to end: a reboot that is asked for inside is void then.
         self._ending: set[int] = set()
         # The runs whose end asked for a reboot that was not begun yet.
         self._again: dict[int, Live] = {}
+        # Those that a daemon which died was ending to start them again, and until when that is still meant.
+        self._restarts: dict[int, float] = {}
 
     def start(self, task: Task, container_id: int) -> None:
         """Start a stopped container; returns when its init was executed."""
@@ -193,10 +198,34 @@ class Lifecycle:
 
     def reboot(self, task: Task, container_id: int, timeout_s: float | None = None) -> None:
         """Stop the container cleanly (killing it at the time-out) and start it again."""
-        task.step("stopping")
-        self.stop(task, container_id, SHUTDOWN_TIMEOUT_S if timeout_s is None else timeout_s)
-        task.step("starting")
-        self.start(task, container_id)
+        timeout_s = SHUTDOWN_TIMEOUT_S if timeout_s is None else timeout_s
+        try:
+            with self._noting(container_id):
+                self.note_restart(container_id, timeout_s)
+            task.step("stopping")
+            self.stop(task, container_id, timeout_s)
+            fault.point("restart.stopped")
+            task.step("starting")
+            self.start(task, container_id)
+        finally:
+            # What the end of the daemon cuts short, the next one goes on with.
+            if not self._host.tasks.closing:
+                self._journal.clear(container_id)
+
+    def note_restart(self, container_id: int, timeout_s: float) -> None:
+        """Write down that a container is about to be ended, and started again, in case this daemon dies."""
+        until = time.time() + timeout_s + _KILL_TIMEOUT_S + _SETTLE_TIMEOUT_S
+        self._journal.write(container_id, "restart", until=until)
+
+    def finish_restart(self, container_id: int, until: float) -> bool:
+        """Go on with a restart that a crash cut short; True if the container has to be started now."""
+        running = self._host.live.running(container_id) is not None
+        if running and time.time() < until:
+            # Its init may have been asked to end already.
+            self._restarts[container_id] = until
+        else:
+            self._journal.clear(container_id)
+        return not running
 
     def freeze(self, container_id: int) -> None:
         """Stop every process of the container where it stands."""
@@ -225,7 +254,12 @@ class Lifecycle:
         with self._noting(live.id):
             host.store.update(live.id, exit={**reason, "ended": int(time.time())})
         host.bus.publish("container", id=live.id, change="stopped", **reason)
-        again = reason["reason"] == "reboot" and live.id not in self._ending
+        asked = reason["reason"] == "reboot"
+        if live.id in self._restarts:
+            asked = asked or time.time() < self._restarts[live.id]
+            del self._restarts[live.id]
+            self._journal.clear(live.id)
+        again = asked and live.id not in self._ending
         if again and self._reboots_too_fast(live.id):
             log.error("%d: it rebooted %d times in %g s: left stopped", live.id, _REBOOTS, _REBOOTS_WINDOW_S)
             again = False

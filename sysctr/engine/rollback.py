@@ -57,18 +57,26 @@ class Rollback:
         generation = record.generation + 1
         if live is not None:
             task.step("stopping")
-            # Nothing that it could still write in its own volumes would be kept.
-            self._lifecycle.stop(task, number, kill=True)
+            self._lifecycle.note_restart(number, 0)
+            try:
+                # Nothing that it could still write in its own volumes would be kept.
+                self._lifecycle.stop(task, number, kill=True)
+                fault.point("rollback.stopped")
+            except BaseException:
+                self._journal.clear(number)
+                raise
         elif not host.live.wait_settled(number, 30):
             raise WrongState(f"cannot roll back {number}: its end is still being put away")
         task.step(f"going back to {name}")
-        self._journal.write(number, "rollback", name=name, generation=generation, start=live is not None)
         restored: list[str] = []
         try:
+            self._journal.write(number, "rollback", name=name, generation=generation, start=live is not None)
             notes = self._restore(record, snapshot, generation, restored)
         except BaseException as error:
             if not restored:
                 self._journal.clear(number)
+                if live is not None:
+                    self._lifecycle.quietly(self._lifecycle.start, task, number)
             elif isinstance(error, SysctrError):
                 error.hint = (
                     f"`sysctr rollback {number} {name}` again, else the next start of the daemon does it"

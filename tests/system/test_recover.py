@@ -157,6 +157,29 @@ def test_a_daemon_killed_in_a_rollback(kept: Kept, subject: str, point: str, run
 
 
 @pytest.mark.parametrize(
+    ("point", "arguments"),
+    [
+        ("restart.journal.written", ("reboot",)), ("restart.stopped", ("reboot",)),
+        ("restart.journal.written", ("rollback", "old", "--yes")),
+        ("rollback.stopped", ("rollback", "old", "--yes")),
+    ],
+)  # fmt: skip
+def test_what_was_stopped_to_be_started_again_runs_after_a_kill(
+    kept: Kept, subject: str, point: str, arguments: tuple[str, ...]
+) -> None:
+    kept.host.run("start", subject)
+    die_at(kept.host, point, arguments[0], subject, *arguments[1:])
+    kept.host.wait(subject, "running")
+    assert inside(kept.host, subject, "cat /root/file") == "new"
+    if point == "restart.journal.written":
+        # Nobody knows whether init was asked to end: when it does, it is started again, this once.
+        pid = kept.host.json("info", subject)["pid"]
+        shell(kept.host, subject, "poweroff -f", check=False)
+        wait_until(lambda: kept.host.json("info", subject)["pid"] not in (None, pid), 20, "the start")
+    is_whole(kept, subject)
+
+
+@pytest.mark.parametrize(
     ("point", "options"),
     [*((point, ()) for point in _CLONE), *((point, ("--pool", "default")) for point in _COPY)],
 )
