@@ -13,12 +13,13 @@ from typing import Any
 from sysctr.config import schema, toml
 from sysctr.engine.record import Record
 from sysctr.errors import ConfigError, SysctrError
+from sysctr.template.layout import find_root
 
 CONFIG_MEMBER = "./etc/vzdump/pct.conf"
 FIREWALL_MEMBER = "./etc/vzdump/pct.fw"
 OWN_MEMBER = "./dev/.sysctr.json"
-# How much of the unpacked archive is looked at for them.
-HEAD_LIMIT_BYTES = 4 << 20
+# What vzdump wrote of OpenVZ's containers, until Proxmox VE 3.
+_OPENVZ_MEMBER = "./etc/vzdump/vps.conf"
 # One of these is less.
 _MEMBER_LIMIT_BYTES = 1 << 20
 _MEMBERS_LOOKED_AT = 8
@@ -29,13 +30,14 @@ SCHEMA = 1
 class Head:
     """What an archive says of itself; each part is empty where it has none.
 
-    `first` is the name of the first member, which tells layouts apart.
+    `first` is the name of the first member, `below` the directory that is the root, empty for all of it.
     """
 
     pct: str = ""
     firewall: str = ""
     own: "dict[str, Any] | None" = None
     first: str = ""
+    below: str = ""
 
 
 def own_facts(record: Record) -> dict[str, Any]:
@@ -62,6 +64,12 @@ def parse_head(data: bytes, doing: str) -> Head:
                     break
                 first = first or member.name
                 name = f"./{member.name.removeprefix('./')}"
+                if name == _OPENVZ_MEMBER:
+                    raise SysctrError(
+                        f"cannot {doing}: it is the backup of an OpenVZ container, whose settings mean "
+                        "nothing to Linux as it is today",
+                        "unpack it, and restore the files without etc/vzdump as a plain rootfs",
+                    )
                 if name not in (CONFIG_MEMBER, FIREWALL_MEMBER, OWN_MEMBER) or name in found:
                     break
                 if not member.isreg() or member.issparse() or member.size > _MEMBER_LIMIT_BYTES:
@@ -77,6 +85,7 @@ def parse_head(data: bytes, doing: str) -> Head:
     return Head(
         pct=_text(found.get(CONFIG_MEMBER, b"")), firewall=_text(found.get(FIREWALL_MEMBER, b"")),
         own=_own(found[OWN_MEMBER], doing) if OWN_MEMBER in found else None, first=first,
+        below="" if found else find_root(data),
     )  # fmt: skip
 
 

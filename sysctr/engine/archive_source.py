@@ -8,20 +8,13 @@ import os
 from collections.abc import Callable
 from types import TracebackType
 
-from sysctr.engine.archive_head import HEAD_LIMIT_BYTES, Head, parse_head
+from sysctr.engine.archive_head import Head, parse_head
 from sysctr.engine.job import JobRunner
 from sysctr.engine.tasks import Task
 from sysctr.errors import SysctrError
 from sysctr.linux.files import write_all
-from sysctr.template.jobs import run_connected
-from sysctr.template.unpack import CHUNK_BYTES, DECOMPRESS, HEAD_BYTES, detect, open_archive
-
-# Of the archive as it is; its head is looked at in what this unpacks to.
-_PEEKED_BYTES = 1 << 20
-_PEEK = f"""\
-{DECOMPRESS}
-decompress "$1" 2>/dev/null | head --bytes="$2"
-"""
+from sysctr.template.layout import PEEKED_BYTES, unpacked_head
+from sysctr.template.unpack import CHUNK_BYTES, HEAD_BYTES, detect, open_archive
 
 
 class Source:
@@ -57,27 +50,15 @@ class Source:
 
     def peek(self, jobs: JobRunner) -> Head:
         """Return what the first members say; nothing is lost of what comes after them."""
-        while len(self._peeked) < _PEEKED_BYTES:
-            data = os.read(self._fd, _PEEKED_BYTES - len(self._peeked))
+        while len(self._peeked) < PEEKED_BYTES:
+            data = os.read(self._fd, PEEKED_BYTES - len(self._peeked))
             if not data:
                 break
             self._peeked += data
         if not self._peeked:
             raise SysctrError(f"cannot {self.doing}: it is empty")
         self.codec = detect(self._peeked[:HEAD_BYTES], self.doing)
-        return parse_head(self._unpacked(jobs), self.doing)
-
-    def _unpacked(self, jobs: JobRunner) -> bytes:
-        if self.codec == "none":
-            return self._peeked
-        found = bytearray()
-        run_connected(
-            jobs.run_tool,
-            ["bash", "-c", _PEEK, "peek", self.codec, str(HEAD_LIMIT_BYTES)],
-            stdin=lambda fd: write_all(fd, self._peeked),
-            stdout=lambda fd: _collect(fd, found),
-        )
-        return bytes(found)
+        return parse_head(unpacked_head(jobs.run_tool, self.codec, self._peeked), self.doing)
 
     def feed(self, fd: int, task: Task, saw: Callable[[bytes], None] | None = None) -> None:
         """Write all of it to a job, and tell how far it is; what a job does not want any more is read on."""
@@ -97,8 +78,3 @@ class Source:
             done += len(data)
             task.progress(done, self.size_bytes)
             data = os.read(self._fd, CHUNK_BYTES)
-
-
-def _collect(fd: int, found: bytearray) -> None:
-    while data := os.read(fd, CHUNK_BYTES):
-        found += data

@@ -33,6 +33,7 @@ from sysctr.engine.tasks import Task
 from sysctr.errors import Refused, SysctrError, UsageError, WrongState
 from sysctr.linux import fault
 from sysctr.storage.base import Driver
+from sysctr.template.layout import tar_arguments
 from sysctr.template.rootfs_check import check_rootfs
 from sysctr.template.unpack import Outcome, unpack
 
@@ -165,7 +166,7 @@ class Restoring:
                 record = dataclasses.replace(record, uuid=own["uuid"], generation=own["generation"] + 1)
             check_enforceable(number, limits_of(record), host.cgroups.available)
             undo.callback(self._discard, number)
-            record, outcome = self._fill(task, source, record, None, undo)
+            record, outcome = self._fill(task, source, record, None, undo, plan.head.below)
             undo.callback(host.network.release, number)
             host.network.ensure()
             self._enroll(record, plan.draft)
@@ -180,9 +181,15 @@ class Restoring:
         return record, outcome
 
     def _fill(
-        self, task: Task, source: Source, record: Record, known: Record | None, undo: ExitStack
+        self,
+        task: Task,
+        source: Source,
+        record: Record,
+        known: Record | None,
+        undo: ExitStack,
+        below: str,
     ) -> tuple[Record, Outcome]:
-        """Make the volumes of a container and unpack the archive into them."""
+        """Make the volumes of a container and unpack into them what is below a directory of the archive."""
         host, config = self._host, record.usable("restore")
         driver = host.driver(record)
         if config.limits.disk_bytes is not None and not driver.traits.enforces_size:
@@ -208,8 +215,8 @@ class Restoring:
             task.step(f"unpacking {source.name}")
             outcome = unpack(
                 path, source.codec, lambda fd: source.feed(fd, task), doing=source.doing,
-                run_job=host.jobs_for(record).run_tool, task=task, options=_options(),
-                volumes=volumes,
+                run_job=host.jobs_for(record).run_tool, task=task,
+                options=_options(below), volumes=volumes,
             )  # fmt: skip
             found = check_rootfs(path, config.init)
         guest = Guest(found.init, found.init_kind, found.stop_signal, found.arch, found.os_id)
@@ -269,7 +276,7 @@ class Restoring:
         running = False
         try:
             with ExitStack() as undo:
-                record, outcome = self._fill(task, source, record, before, undo)
+                record, outcome = self._fill(task, source, record, before, undo, plan.head.below)
                 if plan.renew:
                     renew(host, record, task)
                 task.check()
@@ -405,10 +412,7 @@ def _own_number(file_name: str, own: dict[str, Any]) -> int | None:
     return parsed.number if parsed is not None else None
 
 
-def _options() -> list[str]:
+def _options(below: str) -> list[str]:
     """Return what tar is told besides: attributes and members that are not unpacked."""
-    options = ["--anchored", *(f"--xattrs-exclude=user.overlay.{mark}" for mark in MARKS)]
-    for prefix in ("./", "", "/"):
-        options += [f"--exclude={prefix}{name}" for name in _NOT_UNPACKED]
-    return options
-
+    attributes = [f"--xattrs-exclude=user.overlay.{mark}" for mark in MARKS]
+    return ["--anchored", *attributes, *tar_arguments(below, _NOT_UNPACKED)]

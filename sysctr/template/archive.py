@@ -2,11 +2,10 @@
 
 import hashlib
 import os
-import stat
 
 from sysctr.linux.files import write_all
-from sysctr.storage import tree
 from sysctr.template.base import Made, RunJob, Source, Task, Template, check_name
+from sysctr.template.layout import PEEKED_BYTES, find_root, tar_arguments, unpacked_head
 from sysctr.template.registry import Registry
 from sysctr.template.unpack import CHUNK_BYTES, HEAD_BYTES, Limits, detect, open_archive, unpack
 
@@ -35,17 +34,16 @@ def import_archive(
 def _unpack(
     building: str, archive_fd: int, path: str, codec: str, run_job: RunJob, task: Task, limits: Limits | None
 ) -> Made:
-    unpacked = f"{building}/unpacked"
-    os.mkdir(unpacked, 0o755)
-    os.chmod(unpacked, 0o755)
+    rootfs = f"{building}/rootfs"
     file_name = os.path.basename(path)
     task.step(f"unpacking {file_name}")
+    head = unpacked_head(run_job, codec, os.pread(archive_fd, PEEKED_BYTES, 0))
     digest = hashlib.sha256()
     unpack(
-        unpacked, codec, lambda fd: _feed(archive_fd, fd, digest, task),
+        rootfs, codec, lambda fd: _feed(archive_fd, fd, digest, task),
         doing=f"import {path}", run_job=run_job, task=task, limits=limits,
+        options=tar_arguments(find_root(head)),
     )  # fmt: skip
-    _take_root(unpacked, f"{building}/rootfs")
     return Made(
         source=Source(kind="archive", name=file_name, digest=f"sha256:{digest.hexdigest()}"),
         description=f"imported from {file_name}",
@@ -68,19 +66,3 @@ def _feed(archive_fd: int, fd: int, digest: "hashlib._Hash", task: Task) -> None
             # Whatever follows the end of the archive is not unpacked, but belongs to the file's digest.
             listening = False
         task.progress(done, total)
-
-
-def _take_root(unpacked: str, rootfs: str) -> None:
-    """Move the tree to its place: what was unpacked, or the `rootfs` in it of an LXC or Incus archive."""
-    names = set(os.listdir(unpacked))
-    inner = f"{unpacked}/rootfs"
-    # lstat: a `rootfs` that is a symlink points to somebody else's tree.
-    if (
-        "rootfs" in names
-        and not names & {"sbin", "bin", "usr", "etc"}
-        and stat.S_ISDIR(os.lstat(inner).st_mode)
-    ):
-        os.rename(inner, rootfs)
-        tree.delete(unpacked)
-    else:
-        os.rename(unpacked, rootfs)
