@@ -12,7 +12,7 @@ from typing import Any
 from sysctr import __version__
 from sysctr.config import pct
 from sysctr.config.backup import CODECS, MODES
-from sysctr.engine import partial
+from sysctr.engine import firewall, partial
 from sysctr.engine.archive_head import CONFIG_MEMBER, FIREWALL_MEMBER, OWN_MEMBER, own_facts
 from sysctr.engine.archive_writer import Content, Written, write_archive
 from sysctr.engine.archiving import note_success
@@ -135,7 +135,7 @@ class Backups:
         }  # fmt: skip
         return (
             (CONFIG_MEMBER, pct.write(exported.document).encode()),
-            (FIREWALL_MEMBER, b""),
+            (FIREWALL_MEMBER, firewall.kept(host.where, record.id)),
             (OWN_MEMBER, json.dumps(own, indent=1).encode() + b"\n"),
         )
 

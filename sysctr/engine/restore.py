@@ -16,7 +16,7 @@ from typing import Any
 
 from sysctr.cgroup.base import check_enforceable
 from sysctr.config.mounts import Mount
-from sysctr.engine import archives
+from sysctr.engine import archives, firewall
 from sysctr.engine.archive_head import Head
 from sysctr.engine.archive_source import Source
 from sysctr.engine.archive_writer import MARKS
@@ -174,6 +174,7 @@ class Restoring:
             if plan.renew:
                 renew(host, record, task)
             task.check()
+            firewall.keep(host.where, number, plan.head.firewall)
             host.store.create(record)
             fault.point("restore.created")
             undo.pop_all()
@@ -271,7 +272,10 @@ class Restoring:
         check_enforceable(number, limits_of(record), host.cgroups.available)
         made = self._own_volumes(record) - self._own_volumes(before)
         gone = self._own_volumes(before) - self._own_volumes(record) - self._unmounted(before, record)
-        facts = {"volume": record.volume, "new": sorted(made), "old": sorted(gone)}
+        facts: dict[str, Any] = {
+            "volume": record.volume, "new": sorted(made), "old": sorted(gone),
+            "firewall": plan.head.firewall,
+        }  # fmt: skip
         self._journal.write(number, "restore", **facts)
         running = False
         try:
@@ -292,7 +296,7 @@ class Restoring:
             if running and host.live.running(number) is None:
                 self._lifecycle.start(task, number)
             raise
-        self._finish(number, record.config_text, gone, plan.draft)
+        self._finish(number, record.config_text, gone, plan.head.firewall, plan.draft)
         host.bus.publish("container", id=number, change="restored")
         if running:
             task.step("starting")
@@ -320,13 +324,19 @@ class Restoring:
         fault.point("restore.record.written")
 
     def _finish(
-        self, number: int, text: str, gone: Sequence[str] | frozenset[str], made: Draft | None
+        self,
+        number: int,
+        text: str,
+        gone: Sequence[str] | frozenset[str],
+        rules: str,
+        made: Draft | None,
     ) -> None:
         """Do what follows once the record names the new volume; every step can be done twice."""
         host = self._host
         before = host.store.load(number)
         if before.config_text != text:
             host.store.save_config(number, text)
+        firewall.keep(host.where, number, rules)
         fault.point("restore.config.written")
         record = host.store.load(number)
         host.network.forget_others(number, record.config.nets if record.config else ())
@@ -345,7 +355,7 @@ class Restoring:
         host = self._host
         if record.volume == entry["volume"]:
             log.info("%d: finishing the restore that a crash cut short", record.id)
-            self._finish(record.id, entry["config"], entry["old"], None)
+            self._finish(record.id, entry["config"], entry["old"], entry.get("firewall", ""), None)
         else:
             log.info("%d: taking back the restore that a crash cut short", record.id)
             for name in host.pools.names():

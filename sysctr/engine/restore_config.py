@@ -12,6 +12,7 @@ from sysctr.config import pct, pct_convert, schema, toml
 from sysctr.config.pct_notes import NEEDS_PERMISSION, Note
 from sysctr.config.schema import Container
 from sysctr.config.values import parse_name
+from sysctr.engine import firewall
 from sysctr.engine.archive_head import Head
 from sysctr.engine.changes import with_macs
 from sysctr.engine.host import Host
@@ -84,6 +85,7 @@ def draft(
     """
     try:
         made = _from_archive(head, wishes, here)
+        made.notes += firewall.note(head.firewall)
         # The template is where it was made, and nothing of this one stands on it.
         made.edit({"name": parse_name(wishes.name), "template": None})
         _restrict(made, wishes.allow, known)
@@ -110,8 +112,7 @@ def _from_archive(head: Head, wishes: Wishes, here: Here) -> Draft:
     if not head.pct:
         return Draft(toml.edit(start, {"name": wishes.name, **_PLAIN}))
     converted = pct_convert.from_pct(
-        pct.read(head.pct), bridges=here.bridges, allow=wishes.allow, managed_subnet=here.subnet,
-        firewall=head.firewall,
+        pct.read(head.pct), bridges=here.bridges, allow=wishes.allow, managed_subnet=here.subnet
     )  # fmt: skip
     made = Draft(toml.edit(start, {**converted.changes, "name": wishes.name}))
     for note in converted.notes:

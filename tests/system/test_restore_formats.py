@@ -2,11 +2,10 @@
 
 import itertools
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests import facts, rootfs
+from tests import rootfs
 from tests.node import Node
 from tests.system.guests import inside, refused
 
@@ -57,8 +56,8 @@ def test_an_image_of_lxc_gives_its_rootfs_alone(shared_host, tmp_path, busybox, 
     subprocess.run(["tar", "-C", str(source), "-czf", path, *order], check=True)
     name = f"image-{next(_numbers)}"
     shared_host.run("restore", path, "--name", name, "--start")
-    script = "cd /; ls -d metadata.yaml templates 2>/dev/null; cat rootfs/link; stat -c ' %a' .; stat -c %h rootfs/two"
-    assert inside(shared_host, name, script).split() == ["1", "751", "2"]
+    script = "cat /rootfs/link; stat -c ' %a' /; stat -c %h /rootfs/two; ls -d /metadata.yaml /templates"
+    assert inside(shared_host, name, f"{script} 2>/dev/null || :").split() == ["1", "751", "2"]
     shared_host.run("stop", name, "--kill")
 
 
