@@ -4,7 +4,7 @@ from typing import Any
 
 from sysctr.api import archive_streams
 from sysctr.api.archive_fields import BACKUP, PATH, REQUEST, RESTORE
-from sysctr.api.fields import Field
+from sysctr.api.fields import Field, Nullable, Text
 from sysctr.api.route import BYTES, Call, Route
 
 
@@ -15,6 +15,11 @@ def _given(call: Call) -> dict[str, Any]:
 def _restore(engine: Any, call: Call) -> Any:
     spec = _given(call)
     return engine.archive.restore(spec.pop("archive"), spec)
+
+
+def _import_lxc(engine: Any, call: Call) -> Any:
+    spec = _given(call)
+    return engine.archive.import_lxc(spec.pop("container"), spec.pop("directory", ""), spec)
 
 
 ARCHIVE_ROUTES: tuple[Route, ...] = (
@@ -38,6 +43,15 @@ ARCHIVE_ROUTES: tuple[Route, ...] = (
         "make a container of the archive that the body is, of any length",
         query=(Field("request", REQUEST, "JSON: id, name, pool, force, unique, start, allow, set"),),
         answer="task", status=202, streams=True,
+    ),
+    Route(
+        "POST", "/1/import/lxc", _import_lxc, "make a container of a stopped one of LXC on this host",
+        (
+            Field("container", Text(255, raw=True), "its name in LXC", required=True),
+            Field("directory", Nullable(PATH), "where LXC keeps its containers; without it /var/lib/lxc"),
+            *RESTORE,
+        ),
+        answer="task", status=202,
     ),
     Route(
         "POST", "/1/backups/verify", lambda engine, call: engine.archive.verify(call.body["archive"]),

@@ -20,6 +20,7 @@ COMMANDS = {
     "snapshot": ("snapshot", "daily", "keep the present state of containers"),
     "backup": ("backup", "daily", "write archives of containers, as vzdump does"),
     "restore": ("backup", "daily", "make a container of an archive"),
+    "import lxc": ("imports", "daily", "make a container of one that LXC keeps on this host"),
     "rollback": ("snapshot", "daily", "bring a container back to a snapshot"),
     "clone": ("clone", "daily", "make a container of another one"),
     "destroy": ("life", "daily", "destroy containers and all that is in them"),
@@ -86,7 +87,7 @@ COMMANDS = {
     "completion": ("help", "help", "print the completion script of a shell"),
     "_words": ("help", "", "list names for the completion scripts"),
 }
-FAMILIES = ("mount", "backup", "backup job", "template", "pool", "task", "daemon")
+FAMILIES = ("mount", "backup", "backup job", "import", "template", "pool", "task", "daemon")
 _MOST_WORDS = 3
 
 

@@ -154,12 +154,18 @@ def _restore_arguments(parser: "argparse.ArgumentParser") -> None:
         help="number of the container (default: the archive's, or the first free one)",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="the newest archive of each container in ARCHIVE")
-    parser.add_argument("--name", metavar="N", help="name of the container (default: the archive's)")
-    parser.add_argument("--pool", metavar="P", help="pool to keep it in (default: the host's)")
     parser.add_argument(
         "--force", action="store_true",
         help="replace the container that has the number, when all is unpacked beside it",
     )  # fmt: skip
+    made_options(parser)
+    task_options(parser)
+
+
+def made_options(parser: "argparse.ArgumentParser") -> None:
+    """Add the options of what becomes of an archive, or of a container of another manager."""
+    parser.add_argument("--name", metavar="N", help="name of the container (default: the one that it had)")
+    parser.add_argument("--pool", metavar="P", help="pool to keep it in (default: the host's)")
     parser.add_argument(
         "--unique", action="store_true", help="give it an identity of its own: uuid, MACs, keys"
     )
@@ -173,16 +179,20 @@ def _restore_arguments(parser: "argparse.ArgumentParser") -> None:
         "--set", metavar="KEY=VALUE", action="append", default=[],
         help="a setting that differs; `sysctr set --help` lists them",
     )  # fmt: skip
-    task_options(parser)
 
 
-def _restore(arguments: "argparse.Namespace", client: "Client") -> int:
-    body: dict[str, Any] = {
-        "id": arguments.id, "name": arguments.name, "pool": arguments.pool, "force": arguments.force,
-        "unique": arguments.unique, "start": arguments.start,
+def made_request(arguments: "argparse.Namespace") -> "dict[str, Any]":
+    """Return what the API is told of these options."""
+    return {
+        "id": arguments.id, "name": arguments.name, "pool": arguments.pool, "unique": arguments.unique,
+        "start": arguments.start,
         "allow": [one.strip() for text in arguments.allow for one in text.split(",") if one.strip()],
         "set": dict(assignment(text, "--set") for text in arguments.set),
     }  # fmt: skip
+
+
+def _restore(arguments: "argparse.Namespace", client: "Client") -> int:
+    body: dict[str, Any] = {**made_request(arguments), "force": arguments.force}
     if arguments.all:
         return _restore_all(arguments, client, body)
     if arguments.archive == "-":
@@ -202,7 +212,7 @@ def _restore(arguments: "argparse.Namespace", client: "Client") -> int:
         def start(_one: Selected) -> "dict[str, Any]":
             return client.post(path("restore"), {**body, "archive": _one.ref})
 
-    return finish(client, submit(selected, start), arguments, _restored, single=True)
+    return finish(client, submit(selected, start), arguments, restored, single=True)
 
 
 def _restore_all(arguments: "argparse.Namespace", client: "Client", body: "dict[str, Any]") -> int:
@@ -225,7 +235,7 @@ def _restore_all(arguments: "argparse.Namespace", client: "Client", body: "dict[
     if not selected and not arguments.quiet:
         notice("nothing to restore")
     started = submit(selected, lambda one: client.post(path("restore"), {**body, "archive": one.ref}))
-    return finish(client, started, arguments, _restored)
+    return finish(client, started, arguments, restored)
 
 
 def _pieces() -> "Iterator[bytes]":
@@ -233,7 +243,8 @@ def _pieces() -> "Iterator[bytes]":
         yield piece
 
 
-def _restored(one: Submitted) -> str:
+def restored(one: Submitted) -> str:
+    """Say what became of an archive, with its notes."""
     result = _result(one)
     for note in result.get("notes") or ():
         notice(f"note: {neutralise(str(note))}")
@@ -302,6 +313,7 @@ COMMANDS = {
             "sysctr restore /mnt/dump/vzdump-lxc-104-2026_01_31-12_00_00.tar.gz 204 --name web2 --start",
             "sysctr restore vzdump-lxc-101-2026_01_31-12_00_00.tar.zst 101 --force",
             "sysctr restore --all /mnt/backups",
+            "sysctr restore debian-rootfs.tar.xz --name web",
         ),
     ),
 }

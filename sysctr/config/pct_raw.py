@@ -46,7 +46,7 @@ def add_device(reading: Reading, key: str, path: str) -> None:
 def read_raw(reading: Reading, key: str, value: str) -> None:
     """Take a raw line over where sysctr has an equal of it, and it is allowed."""
     if key == "lxc.mount.entry":
-        _read_entry(reading, key, value)
+        read_entry(reading, key, value, "raw")
     elif key in ("lxc.cgroup2.devices.allow", "lxc.cgroup.devices.allow"):
         reading.dropped(key, f"a device is given by device.N alone ({values.shown(value)})")
     elif key == "lxc.init.cmd" and re.search(r"\s", value):
@@ -60,8 +60,8 @@ def read_raw(reading: Reading, key: str, value: str) -> None:
         reading.dropped(key, f"sysctr has no such setting ({values.shown(value)})")
 
 
-def _read_entry(reading: Reading, key: str, value: str) -> None:
-    """Take a line of fstab over: a bind, a device, or memory."""
+def read_entry(reading: Reading, key: str, value: str, *permissions: str) -> None:
+    """Take a line of fstab over: a bind, a device, or memory; `permissions` are needed for any of them."""
     fields = [_unescaped(part) for part in re.split(r"[ \t]+", value)]
     if len(fields) < 4:
         reading.dropped(key, f"{values.shown(value)} is not a line of fstab")
@@ -71,13 +71,13 @@ def _read_entry(reading: Reading, key: str, value: str) -> None:
     bind = bool({"bind", "rbind"} & set(options))
     shown = f"it mounts {values.shown(fields[0])} at {values.shown(target)}"
     if bind and source.startswith("/dev/") and "create=dir" not in options:
-        allowed = reading.allowed(key, shown, "raw", "device")
+        allowed = reading.allowed(key, shown, *permissions, "device")
         if allowed:
             columns = {"path": source, **({"target": target} if target != source else {})}
             allowed = reading.set_table(key, "device", "", columns) is not None
         reading.host_paths.append(HostPath(key, "device", source, target, allowed))
     elif bind:
-        allowed = reading.allowed(key, shown, "raw", "bind")
+        allowed = reading.allowed(key, shown, *permissions, "bind")
         if allowed:
             columns = {"source": source, "target": target}
             extra = {"read_only": "ro" in options, "noexec": "noexec" in options}
@@ -85,7 +85,7 @@ def _read_entry(reading: Reading, key: str, value: str) -> None:
             allowed = reading.set_table(key, "mount", "", columns) is not None
         reading.host_paths.append(HostPath(key, "bind", source, target, allowed))
     elif file_system == "tmpfs":
-        if reading.allowed(key, shown, "raw"):
+        if reading.allowed(key, shown, *permissions):
             columns = {"target": target, "tmpfs": "true"}
             columns |= dict(part.split("=", 1) for part in options if part.startswith(("size=", "mode=")))
             reading.set_table(key, "mount", "", columns)

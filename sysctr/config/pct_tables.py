@@ -52,9 +52,13 @@ _HARMLESS_OPTIONS = ("discard", "lazytime", "noatime")
 def read_net(reading: Reading, key: str, text: str) -> None:
     """Take a card over: its bridge if this host has it, else that of sysctr."""
     given = reading.properties(key, text, _NET)
-    if given is None:
-        return
-    columns: dict[str, object] = {"name": _card_name(reading, key, given.get("name", ""))}
+    if given is not None:
+        read_card(reading, key, key.removeprefix("net"), given)
+
+
+def read_card(reading: Reading, key: str, number: str, given: Mapping[str, str]) -> None:
+    """Take the card over that these options of Proxmox describe; notes call it `key`."""
+    columns: dict[str, object] = {"name": _card_name(reading, key, given.get("name", ""), f"eth{number}")}
     columns |= _net_address(reading, key, given)
     columns |= {
         mine: given[theirs] for theirs, mine in (("hwaddr", "mac"), ("mtu", "mtu")) if theirs in given
@@ -70,13 +74,13 @@ def read_net(reading: Reading, key: str, text: str) -> None:
         reading.dropped(f"{key}.host-managed", "no DHCP client of the host runs for the card")
     if given.get("type", "veth") != "veth":
         reading.changed(f"{key}.type", "every card is a veth")
-    _set_net(reading, key, columns)
+    _set_net(reading, key, number, columns)
 
 
-def _set_net(reading: Reading, key: str, columns: dict[str, object]) -> None:
+def _set_net(reading: Reading, key: str, number: str, columns: dict[str, object]) -> None:
     """Set a card; a detail of it that does not hold is left out, not the whole card."""
     try:
-        table = f"net.{reading.place('net', key.removeprefix('net'))}"
+        table = f"net.{reading.place('net', number)}"
     except ConfigError as error:
         reading.dropped(key, error.message)
         return
@@ -98,8 +102,7 @@ def _set_net(reading: Reading, key: str, columns: dict[str, object]) -> None:
                 columns |= {"ip": "manual"} if columns["bridge"] else {}
 
 
-def _card_name(reading: Reading, key: str, name: str) -> str:
-    fallback = f"eth{key.removeprefix('net')}"
+def _card_name(reading: Reading, key: str, name: str, fallback: str) -> str:
     try:
         return addresses.parse_ifname(name or fallback)
     except ConfigError as error:

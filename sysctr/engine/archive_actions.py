@@ -12,6 +12,7 @@ from sysctr.engine.archive_source import Source
 from sysctr.engine.archiving import Archiving
 from sysctr.engine.backup import BackupOptions, Backups
 from sysctr.engine.host import Host
+from sysctr.engine.import_lxc import DIRECTORY, LxcSource
 from sysctr.engine.naming import naming, title
 from sysctr.engine.record import Record
 from sysctr.engine.restore import RestoreOptions, Restoring
@@ -110,6 +111,10 @@ class ArchiveActions:
     def restore_stream(self, in_fd: int, spec: Mapping[str, Any]) -> Task:
         """Make a container of an archive that comes from a descriptor, which is closed afterwards."""
         return self._restore(Source(in_fd, "the archive", "restore the archive", None), spec)
+
+    def import_lxc(self, name: str, directory: str, spec: Mapping[str, Any]) -> Task:
+        """Make a container of a stopped one that Debian's LXC keeps on this host, which is only read."""
+        return self._restore(LxcSource(self._host, name, directory or DIRECTORY), spec)
 
     def _restore(self, source: Source, spec: Mapping[str, Any]) -> Task:
         host = self._host

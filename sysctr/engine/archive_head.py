@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sysctr.config import schema, toml
+from sysctr.config.foreign import Foreign
 from sysctr.engine.record import Record
 from sysctr.errors import ConfigError, SysctrError
 from sysctr.template.layout import find_root
@@ -31,6 +32,7 @@ class Head:
     """What an archive says of itself; each part is empty where it has none.
 
     `first` is the name of the first member, `below` the directory that is the root, empty for all of it.
+    `foreign` is the configuration by another manager than Proxmox.
     """
 
     pct: str = ""
@@ -38,6 +40,14 @@ class Head:
     own: "dict[str, Any] | None" = None
     first: str = ""
     below: str = ""
+    foreign: Foreign | None = None
+
+    @property
+    def uuid(self) -> str:
+        """Return the identity of the container that it was made of, empty where it says none."""
+        if self.own is not None:
+            return str(self.own["uuid"])
+        return self.foreign.uuid if self.foreign is not None else ""
 
 
 def own_facts(record: Record) -> dict[str, Any]:

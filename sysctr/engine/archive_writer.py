@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sysctr.engine.job import JobRunner
+from sysctr.engine.plan import Shifted
 from sysctr.engine.tasks import Task
 from sysctr.errors import SysctrError
 from sysctr.linux.files import write_all
@@ -71,7 +72,7 @@ class Content:
     """
 
     head: tuple[tuple[str, bytes], ...]
-    root: RootSpec
+    root: RootSpec | Shifted
     mounts: tuple[tuple[str, RootSpec], ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -106,7 +107,7 @@ def write_archive(
     written = Written()
     # No file of the container has such a name: it could not know it.
     token = f".sysctr-{os.urandom(8).hex()}"
-    views = {"/source": content.root}
+    views: dict[str, RootSpec | Shifted] = {"/source": content.root}
     views |= {f"/mounts/{token}-{number}": view for number, (_, view) in enumerate(content.mounts)}
     status = run_connected(
         jobs.run_tool,

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from sysctr.engine.plan import Idmap, tool_job_plan, volume_job_plan
+from sysctr.engine.plan import Idmap, Shifted, tool_job_plan, volume_job_plan
 from sysctr.engine.supervisor import SupervisorClient
 from sysctr.errors import SysctrError
 from sysctr.storage.base import RootSpec
@@ -44,7 +44,7 @@ class JobRunner:
         binds: Sequence[tuple[str, str]] = (),
         environment: Mapping[str, str] | None = None,
         volumes: Sequence[tuple[str, str]] = (),
-        views: Mapping[str, RootSpec] | None = None,
+        views: Mapping[str, RootSpec | Shifted] | None = None,
         task: Task | None = None,
     ) -> int:
         """Run one of the host's programs on the tree `volume`, seen at /volume, and return its exit status.

@@ -8,6 +8,7 @@ from sysctr.engine.mount_plan import Place, mount_plan
 from sysctr.linux import mount
 from sysctr.runtime import steps
 from sysctr.runtime.accounts import DEFAULT_PATH
+from sysctr.runtime.steps_mounts import MountTree, Sources
 from sysctr.storage.base import RootSpec
 
 CONTAINER_TYPE = "lxc"  # images of images.linuxcontainers.org look for exactly this
@@ -39,6 +40,18 @@ class Idmap:
     def as_map(self) -> "list[list[int]]":
         """Return the map as rows of uid_map: inside, outside, count."""
         return [[0, self.first, self.count]]
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A directory of the host whose files have other ids on the disk than the container's own are there.
+
+    Rows are the id on the disk, the one inside, and how many.
+    """
+
+    path: str
+    users: tuple[tuple[int, int, int], ...]
+    groups: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -257,7 +270,7 @@ def tool_job_plan(
     network: bool = False,
     tmp_size: str = "256m",
     volumes: "tuple[tuple[str, str], ...]" = (),
-    views: "Mapping[str, RootSpec] | None" = None,
+    views: "Mapping[str, RootSpec | Shifted] | None" = None,
 ) -> dict:
     """Return the plan of a job that runs the host's tools on a directory, seen at /volume.
 
@@ -278,12 +291,18 @@ def tool_job_plan(
     ]
     trees = [{"tree": name, "path": path} for name, _, path in places]
     shown = []
+    foreign = []
     for target, view in (views or {}).items():
         prefix = f"{target.strip('/').replace('/', '-')}-"
+        if isinstance(view, Shifted):
+            foreign.append(_shifted(view, prefix, idmap.first))
+            shown.append(MountTree(prefix, target))
+            continue
         trees += root_trees(view, prefix)
         shown += view_steps(view, target, prefix)
     prepare = [
         steps.Stage(),
+        *([Sources()] if foreign else []),
         steps.TmpfsRoot(),
         steps.Bind("usr", "/usr", directory=True, attributes=read_only),
         *[steps.Symlink(f"/{name}", f"usr/{name}") for name in ("bin", "sbin", "lib", "lib32", "lib64")],
@@ -301,7 +320,19 @@ def tool_job_plan(
     ]  # fmt: skip
     return {
         "uid_map": idmap.as_map(), "gid_map": idmap.as_map(), "stage": stage, "network": not network,
-        "trees": trees, "sources": sources,
+        "trees": trees, "sources": sources, **({"binds": foreign} if foreign else {}),
         "prepare": [steps.to_json(step) for step in prepare],
         "program": program,
+    }  # fmt: skip
+
+
+def _shifted(view: Shifted, name: str, first_id: int) -> dict:
+    """Return the bind that shows a foreign tree, read-only, with the ids inside."""
+    rows = [
+        [[disk, first_id + inside, count] for disk, inside, count in ranges]
+        for ranges in (view.users, view.groups)
+    ]
+    return {
+        "tree": name, "path": view.path, "strict": True, "idmap": {"users": rows[0], "groups": rows[1]},
+        "attributes": mount.MOUNT_ATTR_RDONLY | _NO_EXEC,
     }  # fmt: skip

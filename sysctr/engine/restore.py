@@ -103,9 +103,10 @@ class Restoring:
             self._check_replaced(replaced, source.doing)
         same = {record.uuid for record in taken.values() if record is not replaced}
         moved = options.number is not None and own and options.number != own["id"]
-        keeps = bool(head.own or head.pct) and number is not None and not options.unique and not moved
+        numbered = bool(head.own or head.pct) and number is not None and not moved
+        keeps = (numbered or head.foreign is not None) and not options.unique
         # Two with one identity there must not be, whatever is asked for.
-        renewed = not keeps or own.get("uuid") in same
+        renewed = not keeps or head.uuid in same - {""} or self._has_cards(head, replaced)
         name = options.name or archived_name(head, source.name)
         if not name:
             raise UsageError(f"cannot {source.doing}: nothing says how it is called", "give it a --name")
@@ -115,6 +116,16 @@ class Restoring:
         host.pools.get(pool, source.doing)
         return Plan(
             number, wishes.name, head, made, renewed, replaced, dataclasses.replace(options, pool=pool)
+        )
+
+    def _has_cards(self, head: Head, replaced: Record | None) -> bool:
+        """Tell whether a container here has a card of the one of another manager: it is a copy then."""
+        macs = head.foreign.macs if head.foreign is not None else frozenset()
+        return any(
+            nic.mac in macs
+            for record in (self._host.store.list() if macs else ())
+            if record.config is not None and record != replaced
+            for nic in record.config.nets
         )
 
     def _check_replaced(self, record: Record, doing: str) -> None:
@@ -161,9 +172,10 @@ class Restoring:
             undo.callback(host.store.release, number)
             idmap = host.store.allocate_ids(number)
             record = new_record(number, plan.draft.text, idmap, pool=plan.options.pool)
-            own = plan.head.own
-            if own is not None and not plan.renew:
-                record = dataclasses.replace(record, uuid=own["uuid"], generation=own["generation"] + 1)
+            head = plan.head
+            if head.uuid and not plan.renew:
+                generation = head.own["generation"] + 1 if head.own is not None else 1
+                record = dataclasses.replace(record, uuid=head.uuid, generation=generation)
             check_enforceable(number, limits_of(record), host.cgroups.available)
             undo.callback(self._discard, number)
             record, outcome = self._fill(task, source, record, None, undo, plan.head.below)
@@ -261,13 +273,12 @@ class Restoring:
         self._check_replaced(before, source.doing)
         number = before.id
         self._name_volumes_anew(before, plan.draft)
-        own = plan.head.own
         record = dataclasses.replace(
             before, name=plan.name, config=plan.draft.config, config_text=plan.draft.text, error="",
             pool=plan.options.pool, volume=self._free_volume(before, plan.options.pool), template="",
             generation=before.generation + 1, boot_config="",
             # What was restored is what it was when it was backed up.
-            uuid=own["uuid"] if own and not plan.renew else before.uuid,
+            uuid=(not plan.renew and plan.head.uuid) or before.uuid,
         )  # fmt: skip
         check_enforceable(number, limits_of(record), host.cgroups.available)
         made = self._own_volumes(record) - self._own_volumes(before)

@@ -4,12 +4,13 @@ An archive may come from anybody. What gives a container something of this host 
 for by name, and judged in what would be written, not where it came from.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sysctr.config import pct, pct_convert, schema, toml
 from sysctr.config.pct_notes import NEEDS_PERMISSION, Note
+from sysctr.config.pct_reading import Reading
 from sysctr.config.schema import Container
 from sysctr.config.values import parse_name
 from sysctr.engine import firewall
@@ -68,6 +69,8 @@ def archived_name(head: Head, file_name: str) -> str:
     """Return the name that an archive's container had, or for a plain rootfs one made of the file's."""
     if head.own is not None:
         return schema.parse_config(toml.read_container(head.own["config"])).name
+    if head.foreign is not None:
+        return head.foreign.name
     if head.pct:
         named = pct_convert.from_pct(pct.read(head.pct)).name
         if named:
@@ -109,13 +112,21 @@ def _from_archive(head: Head, wishes: Wishes, here: Here) -> Draft:
     if head.own is not None:
         return Draft(head.own["config"])
     start = f"schema = {schema.SCHEMA}\n"
+    if head.foreign is not None:
+        reading = Reading(wishes.allow, here.bridges, here.subnet)
+        head.foreign.convert(reading)
+        return _drafted(start, reading.changes, reading.notes, wishes)
     if not head.pct:
         return Draft(toml.edit(start, {"name": wishes.name, **_PLAIN}))
     converted = pct_convert.from_pct(
         pct.read(head.pct), bridges=here.bridges, allow=wishes.allow, managed_subnet=here.subnet
     )  # fmt: skip
-    made = Draft(toml.edit(start, {**converted.changes, "name": wishes.name}))
-    for note in converted.notes:
+    return _drafted(start, converted.changes, converted.notes, wishes)
+
+
+def _drafted(start: str, changes: Mapping[str, Any], notes: Iterable[Note], wishes: Wishes) -> Draft:
+    made = Draft(toml.edit(start, {**changes, "name": wishes.name}))
+    for note in notes:
         where = made.left_out if note.kind == NEEDS_PERMISSION else made.notes
         where.append(_words(note))
     return made
