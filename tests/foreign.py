@@ -1,13 +1,18 @@
 """What other container managers write, made as they make it: archives of vzdump, and containers of LXC."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from tests.wait import wait_until
 
@@ -18,6 +23,8 @@ COMMON_TAR_FLAGS = (
     "--one-file-system", "-p", "--sparse", "--numeric-owner", "--acls", "--xattrs", "--xattrs-include=user.*",
     "--xattrs-include=security.capability", "--warning=no-file-ignored", "--warning=no-xattr-write",
 )  # fmt: skip
+Member = tuple[tarfile.TarInfo, bytes]
+_CREATED = "2026-01-02T03:04:05.123456789Z"
 STANDARD_EXCLUDES = ("/tmp/?*", "/var/tmp/?*", "/var/run/?*.pid")
 COMPRESSORS = {
     "tar": (), "tar.lzo": ("lzop",), "tar.gz": ("gzip", "--rsyncable"), "tar.zst": ("zstd", "--threads=1"),
@@ -163,3 +170,58 @@ def _plain_signals() -> None:
 def _pivots() -> set[str]:
     patterns = ("lxc.pivot", "*/lxc.pivot")
     return {str(path) for pattern in patterns for path in Path("/sys/fs/cgroup").glob(pattern)}
+
+
+def incus_index(name: str = "c1", **changes: object) -> dict[str, Any]:
+    """Return the index of an export as Incus 6 writes it; `changes` are of the container's configuration."""
+    config = {
+        "image.os": "Busybox", "volatile.uuid": "5f3c6b1e-9f5e-4b67-8a4e-0d9b2e0f1c11",
+        "volatile.eth0.hwaddr": "00:16:3e:11:22:33", "volatile.last_state.power": "STOPPED",
+    }  # fmt: skip
+    devices = {
+        "eth0": {"name": "eth0", "network": "incusbr0", "type": "nic"},
+        "root": {"path": "/", "pool": "default", "type": "disk"},
+    }  # fmt: skip
+    config |= {key: value for key, value in changes.items() if isinstance(value, str)}
+    devices |= {key: value for key, value in changes.items() if isinstance(value, dict)}
+    container = {
+        "name": name, "description": "from Incus", "architecture": "x86_64", "created_at": _CREATED,
+        "config": config, "devices": {}, "expanded_config": config, "expanded_devices": devices,
+        "ephemeral": False, "profiles": ["default"], "stateful": False, "status": "Stopped",
+    }  # fmt: skip
+    return {
+        "name": name, "backend": "dir", "pool": "default", "optimized": False, "optimized_header": False,
+        "type": "container", "snapshots": [], "config": {"container": container, "snapshots": []},
+    }  # fmt: skip
+
+
+def yaml_of(value: object) -> bytes:
+    """Write YAML as Go's library does: in the order given, and without anchors."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:
+            return True
+
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True).encode()
+
+
+def incus_export(path: str, index: bytes, trees: dict[str, str], extra: Sequence[Member] = ()) -> str:
+    """Write an export: the index, then trees by the names that they have below backup/, in their order."""
+    mode = "w:gz" if path.endswith(".gz") else "w"
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as archive:
+        _add_file(archive, "backup/index.yaml", index)
+        for name, tree in trees.items():
+            # A trap: what it says is another container's, and is not to be looked at.
+            _add_file(archive, f"backup/{name}/backup.yaml", b"container: {config: {limits.memory: 1GiB}}\n")
+            _add_file(archive, f"backup/{name}/metadata.yaml", b"architecture: x86_64\n")
+            archive.add(tree, f"backup/{name}/rootfs")
+        for member, data in extra:
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data) if member.isreg() else None)
+    return path
+
+
+def _add_file(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))

@@ -2,6 +2,7 @@
 
 ./etc/vzdump/pct.conf, ./etc/vzdump/pct.fw   as vzdump writes them (proxmox.md 2.2)
 ./dev/.sysctr.json                           what pct.conf cannot say; Proxmox leaves out all below ./dev
+./backup/index.yaml                          of an export of Incus or LXD (images-and-migration.md 4.5)
 """
 
 import io
@@ -10,15 +11,17 @@ import tarfile
 from dataclasses import dataclass
 from typing import Any
 
-from sysctr.config import schema, toml
+from sysctr.config import incus, schema, toml
 from sysctr.config.foreign import Foreign
 from sysctr.engine.record import Record
 from sysctr.errors import ConfigError, SysctrError
-from sysctr.template.layout import find_root
+from sysctr.template.layout import find_root, first_members
 
 CONFIG_MEMBER = "./etc/vzdump/pct.conf"
 FIREWALL_MEMBER = "./etc/vzdump/pct.fw"
 OWN_MEMBER = "./dev/.sysctr.json"
+INDEX_MEMBER = "./backup/index.yaml"
+_FIRST_MEMBERS = (CONFIG_MEMBER, FIREWALL_MEMBER, OWN_MEMBER, INDEX_MEMBER)
 # What vzdump wrote of OpenVZ's containers, until Proxmox VE 3.
 _OPENVZ_MEMBER = "./etc/vzdump/vps.conf"
 # One of these is less.
@@ -80,7 +83,9 @@ def parse_head(data: bytes, doing: str) -> Head:
                         "nothing to Linux as it is today",
                         "unpack it, and restore the files without etc/vzdump as a plain rootfs",
                     )
-                if name not in (CONFIG_MEMBER, FIREWALL_MEMBER, OWN_MEMBER) or name in found:
+                # Of the others each comes first or after one of these, and an index before all else.
+                known = (CONFIG_MEMBER, FIREWALL_MEMBER, OWN_MEMBER) if found else _FIRST_MEMBERS
+                if name not in known or name in found:
                     break
                 if not member.isreg() or member.issparse() or member.size > _MEMBER_LIMIT_BYTES:
                     raise SysctrError(f"cannot {doing}: {name} in it is no small file")
@@ -92,11 +97,26 @@ def parse_head(data: bytes, doing: str) -> Head:
     except (tarfile.TarError, ValueError, OverflowError, EOFError, UnicodeError) as error:
         if not first:
             raise SysctrError(f"cannot {doing}: it is no tar archive, or a damaged one") from error
+    if INDEX_MEMBER in found:
+        return _of_index(found[INDEX_MEMBER], data, first, doing)
     return Head(
         pct=_text(found.get(CONFIG_MEMBER, b"")), firewall=_text(found.get(FIREWALL_MEMBER, b"")),
         own=_own(found[OWN_MEMBER], doing) if OWN_MEMBER in found else None, first=first,
         below="" if found else find_root(data),
     )  # fmt: skip
+
+
+def _of_index(index: bytes, data: bytes, first: str, doing: str) -> Head:
+    """Return what the index of an export of Incus or LXD says; it alone counts."""
+    try:
+        foreign = incus.read(index, doing)
+    except ConfigError as error:
+        raise SysctrError(error.message, error.hint) from error
+    dot = "./" if first.startswith("./") else ""
+    # Versions that do not say how the files are kept are known by them.
+    if any(member.name.removeprefix("./") == "backup/container.bin" for member in first_members(data)):
+        raise incus.refuse_optimized(doing)
+    return Head(first=first, below=f"{dot}{incus.ROOT}", foreign=foreign)
 
 
 def _text(data: bytes) -> str:

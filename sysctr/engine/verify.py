@@ -24,7 +24,10 @@ def verify(host: Host, task: Task, source: Source) -> dict[str, Any]:
     inits: list[str] = []
 
     def see(member: str) -> None:
-        if (path := member.removeprefix("./").lstrip("/")) in wanted:
+        if head.below and not member.startswith(f"{head.below}/"):
+            return
+        path = member.removeprefix(f"{head.below}/").removeprefix("./").lstrip("/")
+        if path in wanted:
             inits.append(path)
 
     digest = hashlib.sha256()

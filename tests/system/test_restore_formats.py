@@ -34,6 +34,7 @@ def boots(host: Node, name: str) -> None:
 def test_a_plain_rootfs_is_restored_from_where_it_is(shared_host, tmp_path, busybox, layout) -> None:
     path = rootfs.write_tarball(str(tmp_path / "a.tar"), busybox, prefix=PREFIXES[layout])
     name = f"plain-{next(_numbers)}"
+    assert "can be restored" in shared_host.run("backup", "verify", path).out
     shared_host.run("restore", path, "--name", name)
     boots(shared_host, name)
 

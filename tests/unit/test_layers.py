@@ -37,7 +37,7 @@ ALLOWED = {
 
 # What each part may use of PyPI; whatever is not named here is for nobody.
 THIRD_PARTY = {
-    "config": {"tomli", "tomlkit"},
+    "config": {"tomli", "tomlkit", "yaml"},
     "linux": {"pyseccomp"},
     "network": {"pyroute2"},
     "template": {"tomli"},
@@ -51,6 +51,7 @@ ONLY_IN_FUNCTIONS = {
     "network": {"pyroute2"},
     "engine": {"cryptography"},
     "cli": {"sysctr.config", "shtab"},
+    "config": {"yaml"},
     "linux": {"pyseccomp"},
 }
 
