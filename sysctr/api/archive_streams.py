@@ -4,14 +4,16 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import threading
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from sysctr.api.archive_fields import STREAMED_BACKUP, STREAMED_RESTORE
 from sysctr.api.fields import Object
-from sysctr.errors import from_dict
-from sysctr.linux.files import write_all
+from sysctr.engine.archive_source import PEEKED_BYTES
+from sysctr.errors import UsageError, from_dict
 
 if TYPE_CHECKING:
     from sysctr.api.route import Call
@@ -51,16 +53,54 @@ async def download(api: "Api", request: web.BaseRequest, call: "Call") -> web.St
 async def upload(api: "Api", request: web.BaseRequest, call: "Call") -> Any:
     """Restore the archive that the body is; answers with the task when all of it was taken."""
     spec = _request(api, call, STREAMED_RESTORE)
-    read_fd, write_fd = _pipe()
-    planned = asyncio.ensure_future(api.run_waiting(api.engine.archive.restore_stream, read_fd, spec))
+    pieces = request.content.iter_any()
     try:
-        # An archive that is refused, or a task that fails, reads no further.
-        with contextlib.suppress(BrokenPipeError):
-            async for chunk in request.content.iter_any():
-                await api.run_waiting(write_all, write_fd, chunk)
-    finally:
-        os.close(write_fd)
-    return await planned
+        # No thread waits for a client: it gets one when there is so much that its head can be judged.
+        head = bytearray()
+        while len(head) < PEEKED_BYTES and (piece := await anext(pieces, b"")):
+            head += piece
+        whole = threading.Event()
+        read_fd, write_fd = _pipe()
+        os.set_blocking(write_fd, False)
+        planned = asyncio.ensure_future(
+            api.run_waiting(api.engine.archive.restore_stream, read_fd, spec, whole.is_set)
+        )
+        sent = asyncio.ensure_future(_send(write_fd, bytes(head), pieces, whole))
+        try:
+            await asyncio.wait({planned, sent}, return_when=asyncio.FIRST_COMPLETED)
+            if not planned.done() or planned.exception() is None:
+                await sent
+        finally:
+            sent.cancel()
+            await asyncio.wait({sent})
+            os.close(write_fd)
+            planned.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return await planned
+    except web.RequestPayloadError as error:
+        raise UsageError(f"cannot read the request: its body is broken: {error}") from None
+
+
+async def _send(fd: int, head: bytes, pieces: AsyncIterator[bytes], whole: threading.Event) -> None:
+    """Write a body to a pipe until nobody wants more of it: it was refused, or its task has failed."""
+    with contextlib.suppress(BrokenPipeError):
+        await _write(fd, head)
+        async for piece in pieces:
+            await _write(fd, piece)
+        whole.set()
+
+
+async def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            ready = asyncio.Event()
+            asyncio.get_running_loop().add_writer(fd, ready.set)
+            try:
+                await ready.wait()
+            finally:
+                asyncio.get_running_loop().remove_writer(fd)
 
 
 def _request(api: "Api", call: "Call", fields: Object) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What the API offers on making archives and on making containers of them; each is a task."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sysctr.config import values
@@ -108,9 +108,12 @@ class ArchiveActions:
         """Make a container of an archive on this host, which is named as those of the catalog are."""
         return self._restore(Source.of_file(self._path(ref), f"restore {_shown(ref)}"), spec)
 
-    def restore_stream(self, in_fd: int, spec: Mapping[str, Any]) -> Task:
-        """Make a container of an archive that comes from a descriptor, which is closed afterwards."""
-        return self._restore(Source(in_fd, "the archive", "restore the archive", None), spec)
+    def restore_stream(self, in_fd: int, spec: Mapping[str, Any], whole: Callable[[], bool]) -> Task:
+        """Make a container of an archive that comes from a descriptor, which is closed afterwards.
+
+        `whole` tells, when nothing more comes, whether that is all of it.
+        """
+        return self._restore(Source(in_fd, "the archive", "restore the archive", None, whole), spec)
 
     def import_lxc(self, name: str, directory: str, spec: Mapping[str, Any]) -> Task:
         """Make a container of a stopped one that Debian's LXC keeps on this host, which is only read."""

@@ -5,6 +5,7 @@ what is decided of its head is decided of the same bytes that are unpacked after
 """
 
 import os
+import select
 from collections.abc import Callable
 from types import TracebackType
 
@@ -12,7 +13,7 @@ from sysctr.engine.archive_head import Head, parse_head
 from sysctr.engine.job import JobRunner
 from sysctr.engine.tasks import Task
 from sysctr.errors import SysctrError
-from sysctr.linux.files import write_all
+from sysctr.linux.files import wait_ready, write_all
 from sysctr.template.layout import PEEKED_BYTES, unpacked_head
 from sysctr.template.unpack import CHUNK_BYTES, HEAD_BYTES, detect, open_archive
 
@@ -20,8 +21,13 @@ from sysctr.template.unpack import CHUNK_BYTES, HEAD_BYTES, detect, open_archive
 class Source:
     """An archive that is read from a descriptor, once from its beginning to its end."""
 
-    def __init__(self, fd: int, name: str, doing: str, size_bytes: int | None) -> None:
+    def __init__(
+        self, fd: int, name: str, doing: str, size_bytes: int | None, whole: Callable[[], bool] | None = None
+    ) -> None:
+        """Take a descriptor; `whole` tells at the end of a stream whether its sender has sent all of it."""
         self._fd = fd
+        self._whole = whole
+        self._ended = False
         self.name = name
         self.doing = doing
         self.size_bytes = size_bytes
@@ -53,6 +59,7 @@ class Source:
         while len(self._peeked) < PEEKED_BYTES:
             data = os.read(self._fd, PEEKED_BYTES - len(self._peeked))
             if not data:
+                self._note_end()
                 break
             self._peeked += data
         if not self._peeked:
@@ -61,20 +68,28 @@ class Source:
         return parse_head(unpacked_head(jobs.run_tool, self.codec, self._peeked), self.doing)
 
     def feed(self, fd: int, task: Task, saw: Callable[[bytes], None] | None = None) -> None:
-        """Write all of it to a job, and tell how far it is; what a job does not want any more is read on."""
+        """Write all of it to a job, and tell how far it is; BrokenPipeError when the job wants no more."""
         done = 0
         data = self._peeked
-        listening = True
         while data:
             task.check()
             if saw is not None:
                 saw(data)
-            try:
-                if listening:
-                    write_all(fd, data)
-            except BrokenPipeError:
-                # It has seen the end of the archive. Who sends a stream must not find it closed.
-                listening = False
+            write_all(fd, data)
             done += len(data)
             task.progress(done, self.size_bytes)
+            # A sender that stalls must not keep the task from being cancelled.
+            wait_ready(self._fd, select.POLLIN, task.check)
             data = os.read(self._fd, CHUNK_BYTES)
+        self._note_end()
+
+    def check_ended(self) -> None:
+        """Raise SysctrError if the archive's end, as its job saw it, was not the end of what was given."""
+        if not self._ended:
+            raise SysctrError(f"cannot {self.doing}: something else follows the end of the archive")
+
+    def _note_end(self) -> None:
+        # What was cut may look whole: tar and some compressors end anywhere between two parts.
+        if self._whole is not None and not self._whole():
+            raise SysctrError(f"cannot {self.doing}: its sender was cut off before its end")
+        self._ended = True

@@ -9,6 +9,8 @@ import errno
 import io
 import os
 import re
+import select
+import stat
 import tarfile
 import time
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from sysctr.engine.job import JobRunner
 from sysctr.engine.plan import Shifted
 from sysctr.engine.tasks import Task
 from sysctr.errors import SysctrError
-from sysctr.linux.files import write_all
+from sysctr.linux.files import wait_ready, write_all
 from sysctr.storage.base import RootSpec
 from sysctr.template.jobs import line_reader, run_connected
 
@@ -167,8 +169,12 @@ def _pump(from_fd: int, to_fd: int, written: Written, rate_bytes: int | None, ta
     """Hand the stream on; without a rate the kernel moves it, to a file system that can take it so."""
     began_s = time.monotonic()
     splices = True
+    # So much goes into a pipe that is ready without waiting; what a file takes, it takes at once.
+    whole_bytes = select.PIPE_BUF if stat.S_ISFIFO(os.fstat(to_fd).st_mode) else _PIECE_BYTES
     while not task.cancelling:
         count = -1
+        # A reader that stalls must not keep the task from being cancelled.
+        wait_ready(to_fd, select.POLLOUT, task.check)
         if rate_bytes is None and splices:
             try:
                 count = os.splice(from_fd, to_fd, _PIECE_BYTES)
@@ -179,7 +185,9 @@ def _pump(from_fd: int, to_fd: int, written: Written, rate_bytes: int | None, ta
         if count < 0:
             data = os.read(from_fd, min(_PIECE_BYTES, max(4096, (rate_bytes or _PIECE_BYTES) // 8)))
             count = len(data)
-            write_all(to_fd, data)
+            for start in range(0, count, whole_bytes):
+                wait_ready(to_fd, select.POLLOUT, task.check)
+                write_all(to_fd, data[start : start + whole_bytes])
         if not count:
             return
         written.archive_bytes += count

@@ -239,6 +239,7 @@ class Restoring:
     def _activated(self, driver: Driver, volume: str, active: ExitStack) -> str:
         root = driver.activate(volume)
         active.callback(driver.deactivate, volume)
+            source.check_ended()
         if root.lowers:
             raise SysctrError(f"cannot unpack into volume {volume}: it is not empty")
         return root.trees[-1].path

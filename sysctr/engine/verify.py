@@ -36,6 +36,7 @@ def verify(host: Host, task: Task, source: Source) -> dict[str, Any]:
         source.codec, lambda fd: source.feed(fd, task, digest.update), doing=source.doing,
         run_job=jobs.run_tool, task=task, on_member=see,
     )  # fmt: skip
+    source.check_ended()
     if not inits:
         raise SysctrError(f"cannot {source.doing}: it has no init", "it is no archive of a whole container")
     task.log(f"{outcome.entries} members, sha256 {digest.hexdigest()}")

@@ -6,13 +6,15 @@ import fcntl
 import os
 import re
 import secrets
+import select
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}\.unfinished")
 # A write takes milliseconds, so what is older belongs to a process that died.
 UNFINISHED_AGE_S = 600
+_CHECK_MS = 200
 
 
 def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
@@ -47,6 +49,14 @@ def write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def wait_ready(fd: int, events: int, check: Callable[[], None]) -> None:
+    """Wait until a descriptor can be read or written; `check` is called meanwhile, and may raise."""
+    poller = select.poll()
+    poller.register(fd, events)
+    while not poller.poll(_CHECK_MS):
+        check()
 
 
 def sync_directory(path: str) -> None:
