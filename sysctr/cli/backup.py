@@ -250,9 +250,9 @@ def restored(one: Submitted) -> str:
         notice(f"note: {neutralise(str(note))}")
     for left in result.get("left_out") or ():
         notice(f"left out: {neutralise(str(left))}")
-    devices = result.get("devices") or ()
+    devices = result.get("devices") or 0
     if devices:
-        notice(f"left out: {len(devices)} device nodes (containers get theirs from the host)")
+        notice(f"left out: {devices} device nodes (containers get theirs from the host)")
     kept = "with an identity of its own" if result.get("new_identity") else "with its identity"
     verb = "restored in place" if result.get("replaced") else "restored"
     return f"{verb} {result.get('name')} ({result.get('id')}), {result.get('files')} files, {kept}"

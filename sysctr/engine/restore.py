@@ -162,7 +162,7 @@ class Restoring:
         return {
             "id": record.id, "name": record.name, "replaced": plan.replaced is not None,
             "files": outcome.entries, "seconds": round(time.monotonic() - began_s, 3),
-            "notes": plan.draft.notes, "left_out": plan.draft.left_out, "devices": outcome.left_out,
+            "notes": plan.draft.notes, "left_out": plan.draft.left_out, "devices": outcome.nodes,
             "new_identity": plan.renew,
         }  # fmt: skip
 

@@ -20,6 +20,8 @@ CHUNK_BYTES = 1024 * 1024
 HEAD_BYTES = 512
 _RESERVE_BYTES = 256 * 1024**2
 _LEFT_OUT_SHOWN = 20
+# What tar says of other things than members.
+_OTHER_LINES = 1000
 
 _MAGIC = (
     (0, b"\x1f\x8b", "gzip"),
@@ -88,9 +90,11 @@ class Limits:
 
 @dataclass
 class Outcome:
-    """What the job said."""
+    """What the job said. `left_out` has the first names only, `nodes` is how many there were."""
 
     entries: int = 0
+    lines: int = 0
+    nodes: int = 0
     left_out: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
     end_marker: bool = False
@@ -211,13 +215,17 @@ def _free_bytes(directory: str) -> int:
 
 
 def _take_line(line: str, outcome: Outcome, limits: Limits) -> None:
+    outcome.lines += 1
+    # A device node has two, and a member may be called so that its line looks like one of tar's own.
+    if outcome.entries > limits.entries or outcome.lines > 2 * limits.entries + _OTHER_LINES:
+        outcome.too_many = True
+        raise StopReading
     if _MEMBER.match(line):
         outcome.entries += 1
-        if outcome.entries > limits.entries:
-            outcome.too_many = True
-            raise StopReading
     elif found := _LEFT_OUT.fullmatch(line):
-        outcome.left_out.append(found["name"])
+        outcome.nodes += 1
+        if len(outcome.left_out) < _LEFT_OUT_SHOWN:
+            outcome.left_out.append(found["name"])
     elif line.endswith(": ** Block of NULs **"):
         outcome.end_marker = True
     elif line.startswith("status "):
@@ -249,7 +257,7 @@ def _judge(
     if decompressor not in (0, 141):
         raise SysctrError(f"cannot {doing}: it is truncated or damaged ({words})")
     # tar ends with 2 for device nodes it may not make, and says one line for each.
-    if tar != 0 and (tar != 2 or outcome.messages or not outcome.left_out):
+    if tar != 0 and (tar != 2 or outcome.messages or not outcome.nodes):
         raise SysctrError(f"cannot {doing}: it is truncated or damaged ({words or f'tar: status {tar}'})")
     if codec == "none" and not outcome.end_marker:
         # Compressed formats have an end of their own; plain tar cut between two members looks whole.
@@ -258,9 +266,9 @@ def _judge(
 
 def _tell_left_out(outcome: Outcome, task: Task) -> None:
     task.log(f"{outcome.entries} files unpacked")
-    for name in outcome.left_out[:_LEFT_OUT_SHOWN]:
+    for name in outcome.left_out:
         task.log(f"left out: {name}, a device node (containers get theirs from the host)")
-    if len(outcome.left_out) > _LEFT_OUT_SHOWN:
-        task.log(f"left out: {len(outcome.left_out) - _LEFT_OUT_SHOWN} more device nodes")
+    if outcome.nodes > len(outcome.left_out):
+        task.log(f"left out: {outcome.nodes - len(outcome.left_out)} more device nodes")
     for message in outcome.messages:
         task.log(message)
