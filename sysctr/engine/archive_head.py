@@ -8,10 +8,11 @@
 import io
 import json
 import tarfile
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from sysctr.config import incus, schema, toml
+from sysctr.config import incus, schema, toml, values
 from sysctr.config.foreign import Foreign
 from sysctr.engine.record import Record
 from sysctr.errors import ConfigError, SysctrError
@@ -27,6 +28,8 @@ _OPENVZ_MEMBER = "./etc/vzdump/vps.conf"
 # One of these is less.
 _MEMBER_LIMIT_BYTES = 1 << 20
 _MEMBERS_LOOKED_AT = 8
+# JSON's readers elsewhere keep so many digits of a number.
+_MOST_GENERATIONS = 1 << 53
 SCHEMA = 1
 
 
@@ -94,7 +97,8 @@ def parse_head(data: bytes, doing: str) -> Head:
                 if len(content) != member.size:
                     raise SysctrError(f"cannot {doing}: it ends within {name}")
                 found[name] = content
-    except (tarfile.TarError, ValueError, OverflowError, EOFError, UnicodeError) as error:
+    # tarfile goes one call deeper for each extended header.
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError) as error:
         if not first:
             raise SysctrError(f"cannot {doing}: it is no tar archive, or a damaged one") from error
     if INDEX_MEMBER in found:
@@ -135,6 +139,12 @@ def _own(data: bytes, doing: str) -> dict[str, Any]:
         for name, kind in kinds.items():
             if type(facts.get(name)) is not kind:
                 raise ValueError(f"its {name} does not hold")
+        # They go into the record and into files of the container; a number's length is a file name's.
+        values.check_container_id(facts["id"])
+        if not 0 <= facts["generation"] <= _MOST_GENERATIONS:
+            raise ValueError("its generation does not hold")
+        if str(uuid.UUID(facts["uuid"])) != facts["uuid"]:
+            raise ValueError("its uuid does not hold")
         schema.parse_config(toml.read_container(facts["config"]))
     except (ValueError, RecursionError, ConfigError) as error:
         reason = error.message if isinstance(error, ConfigError) else error

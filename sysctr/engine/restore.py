@@ -100,6 +100,12 @@ class Restoring:
                 )
             replaced = number = None
         if replaced is not None:
+            # Which container ends is for people to say, not for what is in an archive.
+            if options.number is None and number != _own_number(source.name, {}):
+                raise UsageError(
+                    f"cannot {source.doing}: nothing but the archive says that it is {replaced.title}",
+                    f"give the number too, {number}, if that is what it should replace",
+                )
             self._check_replaced(replaced, source.doing)
         same = {record.uuid for record in taken.values() if record is not replaced}
         moved = options.number is not None and own and options.number != own["id"]
@@ -107,11 +113,12 @@ class Restoring:
         keeps = (numbered or head.foreign is not None) and not options.unique
         # Two with one identity there must not be, whatever is asked for.
         renewed = not keeps or head.uuid in same - {""} or self._has_cards(head, replaced)
-        name = options.name or archived_name(head, source.name)
+        name = options.name or archived_name(head, source.name, source.doing)
         if not name:
             raise UsageError(f"cannot {source.doing}: nothing says how it is called", "give it a --name")
         wishes = Wishes(self._free_name(name, replaced, options), options.allow, options.changes, renewed)
-        made = draft(head, source.doing, wishes, here_of(host), replaced.config if replaced else None)
+        here = here_of(host, replaced)
+        made = draft(head, source.doing, wishes, here, replaced.config if replaced else None)
         pool = options.pool or (replaced.pool if replaced else "") or host.settings.defaults.pool or HOME
         host.pools.get(pool, source.doing)
         return Plan(
@@ -231,6 +238,7 @@ class Restoring:
                 run_job=host.jobs_for(record).run_tool, task=task,
                 options=_options(below), volumes=volumes,
             )  # fmt: skip
+            source.check_ended()
             found = check_rootfs(path, config.init)
         guest = Guest(found.init, found.init_kind, found.stop_signal, found.arch, found.os_id)
         fault.point("restore.unpacked")
@@ -239,7 +247,6 @@ class Restoring:
     def _activated(self, driver: Driver, volume: str, active: ExitStack) -> str:
         root = driver.activate(volume)
         active.callback(driver.deactivate, volume)
-            source.check_ended()
         if root.lowers:
             raise SysctrError(f"cannot unpack into volume {volume}: it is not empty")
         return root.trees[-1].path

@@ -19,10 +19,13 @@ from sysctr.engine.changes import with_macs
 from sysctr.engine.host import Host
 from sysctr.engine.identity import cloned_config
 from sysctr.engine.proxmox import unfit
+from sysctr.engine.record import Record
 from sysctr.errors import ConfigError, SysctrError
 
 # What a plain rootfs gets: a card, as any container that is created.
 _PLAIN = {"net.0.name": "eth0"}
+# Of each kind; a container has 32 of what can be left out at most.
+_MOST_LINES = 200
 
 
 @dataclass
@@ -56,23 +59,28 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Here:
-    """What this host has: bridges that a card may be on, its own bridge and subnet."""
+    """What this host has: bridges that a card may be on, its own bridge and subnet, MACs of containers."""
 
     bridges: frozenset[str]
     own_bridge: str
     subnet: str
     # Of limits for swap and cores: which it cannot give, and why.
     unfit: Callable[[object, object], Mapping[str, str]]
+    # Those of the cards of other containers.
+    macs: frozenset[str] = frozenset()
 
 
-def archived_name(head: Head, file_name: str) -> str:
+def archived_name(head: Head, file_name: str, doing: str) -> str:
     """Return the name that an archive's container had, or for a plain rootfs one made of the file's."""
     if head.own is not None:
         return schema.parse_config(toml.read_container(head.own["config"])).name
     if head.foreign is not None:
         return head.foreign.name
     if head.pct:
-        named = pct_convert.from_pct(pct.read(head.pct)).name
+        try:
+            named = pct_convert.from_pct(pct.read(head.pct)).name
+        except ConfigError as error:
+            raise SysctrError(f"cannot {doing}: {error.message}", error.hint) from error
         if named:
             return named
     return pct_convert.name_of(file_name.partition(".")[0])
@@ -94,6 +102,7 @@ def draft(
         _restrict(made, wishes.allow, known)
         _keep_to_bridges(made, here)
         _fit(made, here)
+        _give_up_macs(made, here)
         if wishes.renew:
             made.text, notes = cloned_config(
                 made.text, wishes.name, here.own_bridge, wishes.changes, keep_addresses=False
@@ -105,7 +114,13 @@ def draft(
         schema.parse_config(toml.read_container(made.text))
     except ConfigError as error:
         raise SysctrError(f"cannot {doing}: {error.message}", error.hint) from error
+    made.notes, made.left_out = _few(made.notes), _few(made.left_out)
     return made
+
+
+def _few(lines: list[str]) -> list[str]:
+    """Return as many lines as anybody reads: an archive can have a hundred thousand."""
+    return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"{len(lines) - _MOST_LINES} more"]
 
 
 def _from_archive(head: Head, wishes: Wishes, here: Here) -> Draft:
@@ -156,6 +171,14 @@ def _restrict(made: Draft, allow: Collection[str], known: Container | None) -> N
     made.edit(edits)
 
 
+def _give_up_macs(made: Draft, here: Here) -> None:
+    """Take out the MACs that others have here: who has the same gets what is sent to them."""
+    for nic in made.config.nets:
+        if nic.mac and nic.mac in here.macs:
+            made.edit({f"net.{nic.index}.mac": None})
+            made.notes.append(f"{nic.name}: another container has its MAC {nic.mac}: it gets a new one")
+
+
 def _keep_to_bridges(made: Draft, here: Here) -> None:
     """Put cards whose bridge this host has not on sysctr's own."""
     edits: dict[str, Any] = {}
@@ -175,10 +198,12 @@ def _fit(made: Draft, here: Here) -> None:
     made.notes += [f"{key}: {reason}" for key, reason in found.items()]
 
 
-def here_of(host: Host) -> Here:
-    """Return what a host has."""
+def here_of(host: Host, replaced: Record | None = None) -> Here:
+    """Return what a host has, but for the container that is replaced."""
     network = host.network
+    others = [one.config for one in host.store.list() if replaced is None or one.id != replaced.id]
     return Here(
         network.host_bridges(), network.bridge, str(network.subnet),
         lambda swap, cores: unfit(host, swap, cores),
+        frozenset(nic.mac for config in others if config is not None for nic in config.nets),
     )  # fmt: skip

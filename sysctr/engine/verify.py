@@ -18,7 +18,7 @@ def verify(host: Host, task: Task, source: Source) -> dict[str, Any]:
     """Read an archive to its end; raises SysctrError with the reason for which it could not be restored."""
     jobs = host.jobs_for_templates()
     head = source.peek(jobs)
-    name = archived_name(head, source.name) or "restored"
+    name = archived_name(head, source.name, source.doing) or "restored"
     made = draft(head, source.doing, Wishes(name, frozenset(), {}, renew=False), here_of(host))
     wanted = _INITS | {made.config.init.lstrip("/")} - {""}
     inits: list[str] = []
