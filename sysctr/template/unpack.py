@@ -20,6 +20,9 @@ CHUNK_BYTES = 1024 * 1024
 HEAD_BYTES = 512
 _RESERVE_BYTES = 256 * 1024**2
 _LEFT_OUT_SHOWN = 20
+_SHOWN = 200
+_LAST_ID = 65_535
+_FOREIGN = f"ids above {_LAST_ID} cannot be represented in a container"
 # What tar says of other things than members.
 _OTHER_LINES = 1000
 
@@ -69,11 +72,14 @@ _TAR = (
     "--warning=no-timestamp", "--warning=no-unknown-keyword",
 )  # fmt: skip
 _LIST = (
-    "tar", "--list", "--file=-", "--block-number", "--quoting-style=escape", "--warning=no-timestamp",
-    "--warning=no-unknown-keyword",
+    "tar", "--list", "--verbose", "--numeric-owner", "--file=-", "--block-number", "--quoting-style=escape",
+    "--warning=no-timestamp", "--warning=no-unknown-keyword",
 )  # fmt: skip
 
 _MEMBER = re.compile(r"block \d+: (?!tar: |\*\* )")
+# Its type and mode, its owners, size or numbers of a device, date and time, name and where a link points to.
+_LISTED = re.compile(r"block \d+: (.)\S+ (-?\d+)/(-?\d+) +\S+ \S+ \S+ (.*)")
+_POINTS = {"l": " -> ", "h": " link to "}
 _LEFT_OUT = re.compile(r"tar: (?P<name>.*): Cannot mknod: Operation not permitted")
 # tar says of a write that the disk cut short only how much of it was written.
 _NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded|: Wrote only \d+ of \d+ bytes")
@@ -187,11 +193,15 @@ def examine(
     """Read what `feed` writes as `unpack` would and write nothing; each member's name goes to `on_member`."""
     limits = limits or Limits()
     outcome = Outcome()
+    foreign: list[str] = []
 
     def take(line: str) -> None:
         _take_line(line, outcome, limits)
-        if _MEMBER.match(line):
-            on_member(line.partition(": ")[2])
+        if found := _LISTED.fullmatch(line):
+            name = found[4].rpartition(_POINTS[found[1]])[0] if found[1] in _POINTS else found[4]
+            on_member(name)
+            if not (0 <= int(found[2]) <= _LAST_ID and 0 <= int(found[3]) <= _LAST_ID) and not foreign:
+                foreign.append(_shortened(f"{name} belongs to {found[2]}/{found[3]}"))
 
     status = run_lines(
         run_job,
@@ -204,6 +214,8 @@ def examine(
     )
     task.check()
     _judge(outcome, status, codec, doing, limits, "")
+    if foreign:
+        raise SysctrError(f"cannot {doing}: {foreign[0]}", _FOREIGN)
     return outcome
 
 
@@ -231,7 +243,12 @@ def _take_line(line: str, outcome: Outcome, limits: Limits) -> None:
     elif line.startswith("status "):
         outcome.statuses = tuple(int(number) for number in line.split()[1:])
     elif line != _CLOSING and not line.endswith(": ** End of File **") and len(outcome.messages) < 100:
-        outcome.messages.append(re.sub(r"^block \d+: ", "", line))
+        outcome.messages.append(_shortened(re.sub(r"^block \d+: ", "", line)))
+
+
+def _shortened(line: str) -> str:
+    """Return what people read of a line in which a name of many kilobytes may be."""
+    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]}…{line[-_SHOWN:]}"
 
 
 def _judge(
@@ -252,15 +269,14 @@ def _judge(
     if any(_NO_SPACE.search(line) for line in outcome.messages):
         raise NoSpace(f"cannot {doing}: no space left")
     if any("Cannot change ownership" in line for line in outcome.messages):
-        hint = "ids above 65535 cannot be represented in a container"
-        raise SysctrError(f"cannot {doing}: {words}", hint)
+        raise SysctrError(f"cannot {doing}: {words}", _FOREIGN)
     if decompressor not in (0, 141):
         raise SysctrError(f"cannot {doing}: it is truncated or damaged ({words})")
     # tar ends with 2 for device nodes it may not make, and says one line for each.
     if tar != 0 and (tar != 2 or outcome.messages or not outcome.nodes):
         raise SysctrError(f"cannot {doing}: it is truncated or damaged ({words or f'tar: status {tar}'})")
-    if codec == "none" and not outcome.end_marker:
-        # Compressed formats have an end of their own; plain tar cut between two members looks whole.
+    if not outcome.end_marker:
+        # Cut between two members it looks whole; so does gzip, to igzip, cut between two of its own.
         raise SysctrError(f"cannot {doing}: it is truncated (no end-of-archive mark)")
 
 
