@@ -254,6 +254,7 @@ class Restoring:
     def _destroy(self, driver: Driver, volume: str) -> None:
         driver.deactivate(volume)
         driver.destroy(volume)
+        self._host.collect_soon()
 
     def _enroll(self, record: Record, made: Draft) -> None:
         """Take the addresses of its cards; one that another container has by now is given up."""
