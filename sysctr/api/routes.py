@@ -161,7 +161,7 @@ ROUTES: tuple[Route, ...] = (
     _act("thaw"),
     Route(
         "GET", "/1/containers/{ref}/config", lambda engine, call: engine.config(call.ref),
-        "the configuration as text and as values", answer="toml config pending digest",
+        "the configuration as text and as values", answer="toml config pending in_force digest",
     ),
     Route(
         "PATCH", "/1/containers/{ref}/config",

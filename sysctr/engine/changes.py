@@ -31,11 +31,14 @@ class Changes:
         self._host = host
 
     def show(self, record: Record) -> dict:
-        """Return the file's text, its values, its digest, and what waits for a restart."""
+        """Return the text, its values, its digest, what waits for a restart, and the values until then."""
+        pending = self.pending(record)
+        in_force = self._in_force(record) if pending else None
         return {
             "toml": record.config_text,
             "config": schema.dump_config(record.config) if record.config else None,
-            "pending": self.pending(record),
+            "pending": pending,
+            "in_force": schema.dump_config(in_force) if in_force else None,
             "digest": record.digest,
             "error": record.error,
         }

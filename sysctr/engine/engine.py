@@ -172,6 +172,7 @@ class Engine:
             "memory_bytes": memory.get("MemTotal"), "memory_available_bytes": memory.get("MemAvailable"),
             "disk_bytes": disk.total, "disk_free_bytes": disk.free, "root": self.where.root,
             "limits": sorted(self._host.cgroups.available), "bridge": self._host.network.bridge,
+            "subnet": str(self._host.network.subnet), "bridges": sorted(self._host.network.host_bridges()),
             "containers": len(self._host.store.list()),
         }  # fmt: skip
 
