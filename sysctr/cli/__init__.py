@@ -79,6 +79,8 @@ COMMANDS = {
     "daemon start": ("daemon", "host", "start the daemon"),
     "daemon stop": ("daemon", "host", "stop the daemon; containers go on running"),
     "daemon restart": ("daemon", "host", "restart the daemon; containers go on running"),
+    "pct": ("pct", "host", "take the arguments of Proxmox VE's pct, and say what is run for them"),
+    "vzdump": ("vzdump", "host", "take the arguments of Proxmox VE's vzdump, and say what is run for them"),
     "import-pct": ("proxmox", "host", "create a container with the settings of a pct.conf of Proxmox VE"),
     "recover": ("clone", "host", "rebuild lost records of containers from their volumes"),
     "doctor": ("daemon", "host", "check this host and say how to mend it"),
@@ -190,7 +192,7 @@ def main(argv: "list[str] | None" = None) -> int:
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
     try:
-        code = run(sys.argv[1:] if argv is None else argv)
+        code = run(_typed() if argv is None else argv)
         sys.stdout.flush()
     except errors.SysctrError as error:
         from sysctr.cli.output import print_error
@@ -210,6 +212,12 @@ def main(argv: "list[str] | None" = None) -> int:
     except SystemExit as exit_:  # argparse after --help
         code = exit_.code if isinstance(exit_.code, int) else 1
     return code
+
+
+def _typed() -> "list[str]":
+    """Return what was typed; a link with the name of one of Proxmox's commands stands for that command."""
+    name = sys.argv[0].rpartition("/")[2]
+    return [name, *sys.argv[1:]] if name in ("pct", "vzdump") else sys.argv[1:]
 
 
 def program() -> None:

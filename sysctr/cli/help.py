@@ -137,7 +137,8 @@ def _mark(parser: argparse.ArgumentParser, shtab) -> None:  # type: ignore[no-un
 
 
 def _words_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=(*_KINDS, "commands", "keys", "snapshots", "archives", "jobs"))
+    others = ("commands", "keys", "snapshots", "archives", "jobs", "numbers")
+    parser.add_argument("kind", choices=(*_KINDS, *others))
 
 
 def _words(arguments: argparse.Namespace, client: "Client") -> None:
@@ -165,6 +166,10 @@ def _words(arguments: argparse.Namespace, client: "Client") -> None:
     if arguments.kind == "archives":
         found = field(client.get(path("backups"), timeout_s=2.0), "archives")
         print("\n".join(one["name"] for one in found if one["name"].isprintable()))
+        return
+    if arguments.kind == "numbers":
+        for one in field(client.get(path("containers"), timeout_s=2.0), "containers"):
+            print(one["id"])
         return
     found = field(client.get(path(arguments.kind), timeout_s=2.0), arguments.kind)
     for one in found:

@@ -100,10 +100,12 @@ def _snapshots(arguments: "argparse.Namespace", client: "Client") -> None:
         print_table(_COLUMNS, rows)
 
 
-def tree(found: "list[dict[str, Any]]", parent: str) -> "list[tuple[int, str]]":
+def tree(
+    found: "list[dict[str, Any]]", parent: str, *, every_level: bool = False
+) -> "list[tuple[int, str]]":
     """Return depth and name of each snapshot below the one it goes back to; the present state is "".
 
-    A line of only children is not indented, so that a long history stays readable.
+    A line of only children is not indented unless `every_level` is, so that a long history stays readable.
 
     >>> tree([{"name": "a", "parent": ""}, {"name": "b", "parent": "a"}, {"name": "c", "parent": "a"}], "b")
     [(0, 'a'), (1, 'b'), (1, ''), (1, 'c')]
@@ -120,7 +122,7 @@ def tree(found: "list[dict[str, Any]]", parent: str) -> "list[tuple[int, str]]":
         depth, name = waiting.pop()
         lines.append((depth, name))
         below = children.get(name, []) if name else []
-        deeper = depth + (len(below) > 1)
+        deeper = depth + (every_level or len(below) > 1)
         waiting += [(deeper, child) for child in reversed(below)]
     return lines
 
