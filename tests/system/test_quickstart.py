@@ -46,6 +46,7 @@ def installed() -> Iterator[str]:
         yield node.root
         # Also for what is shared: the group goes with the last installation.
         assert run(node.root, "uninstall", "--purge").returncode == 0
+        assert not Path(node.root, "bin").exists()
     finally:
         node.close()
 
@@ -68,6 +69,24 @@ def test_quickstart_again_changes_nothing(installed: str) -> None:
     assert "Python packages into" not in done.stdout
     assert (os.readlink(f"{installed}/opt/current"), Path(f"{installed}/lib/changes").read_text()) == before
     assert removal.service_pids(Layout(installed)) == pids
+
+
+def test_links_of_proxmox_are_made_when_asked_for_and_are_taken_back(installed: str) -> None:
+    somebodys = Path(installed, "bin", "vzdump")
+    assert not Path(installed, "bin", "pct").exists()
+    somebodys.write_text("#!/bin/sh\n")
+    done = run(installed, "quickstart", "--no-demo", "--proxmox-links")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"no link {somebodys}" in done.stderr
+    assert os.readlink(f"{installed}/bin/pct") == "sysctr"
+    listed = subprocess.run([f"{installed}/bin/pct", "list"], capture_output=True, text=True, check=True)
+    assert (listed.stdout, listed.stderr) == ("", "")
+    somebodys.unlink()
+    again = run(installed, "quickstart", "--no-demo", "--proxmox-links")
+    assert again.returncode == 0, again.stdout + again.stderr
+    # What uninstall takes back, which the end of these tests looks at.
+    noted = Path(installed, "lib", "changes").read_text().splitlines()
+    assert {f"file\t{installed}/bin/{name}" for name in ("pct", "vzdump")} <= set(noted)
 
 
 def test_a_half_installed_version_is_finished(installed: str) -> None:
