@@ -135,7 +135,7 @@ class Backups:
         }  # fmt: skip
         return (
             (CONFIG_MEMBER, pct.write(exported.document).encode()),
-            (FIREWALL_MEMBER, firewall.kept(host.where, record.id)),
+            (FIREWALL_MEMBER, firewall.kept(self._host.where, record.id)),
             (OWN_MEMBER, json.dumps(own, indent=1).encode() + b"\n"),
         )
 
