@@ -17,6 +17,7 @@ OPENAT2 = 437
 PIDFD_OPEN = 434
 PIDFD_SEND_SIGNAL = 424
 MOUNT_SETATTR = 442
+QUOTACTL_FD = 443
 
 _OLD_NUMBERS = {
     "x86_64": {"pivot_root": 155, "keyctl": 250, "seccomp": 317},
