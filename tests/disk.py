@@ -29,10 +29,17 @@ def small_disk(directory: str, size_kib: int, *options: str) -> Iterator[None]:
 
 
 @contextmanager
-def disk(directory: str, fstype: str, *options: str, size_bytes: int = 0) -> Iterator[None]:
-    """Mount a fresh ext4, xfs or btrfs over a directory; `options` are those of its mkfs."""
+def disk(
+    directory: str, fstype: str, *options: str, size_bytes: int = 0, quotas: bool = False
+) -> Iterator[None]:
+    """Mount a fresh ext4, xfs or btrfs over a directory; `options` are those of its mkfs.
+
+    With `quotas` it keeps limits of projects.
+    """
     argv, least_bytes = MADE_BY[fstype]
-    with _mounted(directory, [*argv, *options], size_bytes or least_bytes, "loop,noatime"):
+    features = ["-O", "quota,project"] if quotas and fstype == "ext4" else []
+    how = "loop,noatime,prjquota" if quotas else "loop,noatime"
+    with _mounted(directory, [*argv, *features, *options], size_bytes or least_bytes, how):
         yield
 
 

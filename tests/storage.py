@@ -14,10 +14,13 @@ import pytest
 
 from sysctr.engine.job import JobRunner
 from sysctr.engine.trees import TreeWorker
+from sysctr.linux import quota
 from sysctr.linux.mount import MNT_DETACH, mount, umount2
+from sysctr.linux.quota import Quota
 from sysctr.storage import images
 from sysctr.storage.base import Base, Driver, RootSpec
 from sysctr.storage.drivers import open_driver
+from tests.capabilities import CAP_SYS_RESOURCE, without_capability
 from tests.disk import disk
 from tests.node import Node
 
@@ -32,11 +35,14 @@ class Kind:
     driver: str
     fstype: str
     size_bytes: int | None = None
+    quotas: bool = False  # its file system keeps limits of projects
 
 
 KINDS = {
     "overlay": Kind("overlay", "ext4"),
     "overlay-limited": Kind("overlay", "ext4", 64 * MIB),
+    "quota-ext4": Kind("overlay", "ext4", 64 * MIB, quotas=True),
+    "quota-xfs": Kind("overlay", "xfs", 64 * MIB, quotas=True),
     "btrfs": Kind("btrfs", "btrfs"),
     "btrfs-limited": Kind("btrfs", "btrfs", 64 * MIB),
     "loop-xfs": Kind("loop", "xfs", 64 * MIB),
@@ -50,7 +56,12 @@ LIMITED = tuple(name for name, kind in KINDS.items() if kind.size_bytes)
 
 def parameters(names: Iterable[str] = KINDS) -> list:
     """Return these of KINDS as parameters of a test, each skipped where its file system cannot be made."""
-    return [pytest.param(name, marks=pytest.mark.needs("loop", KINDS[name].fstype)) for name in names]
+    return [
+        pytest.param(name, marks=pytest.mark.needs(
+            "loop", KINDS[name].fstype, *(["prjquota"] if KINDS[name].quotas else [])
+        ))
+        for name in names
+    ]  # fmt: skip
 
 
 _CALL = """
@@ -117,7 +128,8 @@ class Pool:
     @contextlib.contextmanager
     def opened(self, volume: str) -> Iterator[str]:
         """Activate a volume and show it at a directory, as its container sees it."""
-        with shown(self.driver.activate(volume)) as directory:
+        # A container's root has it over nothing that is the host's, and ext4 keeps no limit for who has it.
+        with without_capability(CAP_SYS_RESOURCE), shown(self.driver.activate(volume)) as directory:
             yield directory
         self.driver.deactivate(volume)
 
@@ -136,6 +148,17 @@ class Pool:
                 directory = stack.enter_context(shown(spec))
             path = Path(directory, name)
             return path.read_text() if path.exists() else ""
+
+    def quotas(self) -> list[Quota]:
+        """Return all that the pool's file system knows of projects: limits, and what is used."""
+        found: list[Quota] = []
+        directory_fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            while known := quota.next_quota(directory_fd, found[-1].project + 1 if found else 1):
+                found.append(known)
+        finally:
+            os.close(directory_fd)
+        return found
 
     def forget_template(self) -> None:
         """Take the template's copy out of the pool, as before the first volume of it."""
@@ -197,7 +220,7 @@ def pool(name: str, place: str, jobs: JobRunner, *options: str) -> Iterator[Pool
     kind = KINDS[name]
     directory, run = f"{place}/pool", f"{place}/run/storage"
     os.makedirs(directory)
-    with disk(directory, kind.fstype, *options, size_bytes=320 * MIB):
+    with disk(directory, kind.fstype, *options, size_bytes=320 * MIB, quotas=kind.quotas):
         # In a pool of overlay a template is where its layer is; other drivers make a layer of it.
         tree = f"{directory}/layers/base/rootfs" if kind.driver == "overlay" else f"{place}/template"
         os.makedirs(f"{tree}/etc")

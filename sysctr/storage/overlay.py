@@ -2,7 +2,11 @@
 
 Every upper is born as a layer. A snapshot of what is not in use lets the upper stand and gives the volume a
 new one above it; rollback and clone give a new one above the layers of the snapshot. Nothing is renamed or
-copied, and what no record names any more is garbage. The upper of a volume with a limit lies in an image.
+copied, and what no record names any more is garbage.
+
+Where the pool's file system keeps project quotas, every volume has a project: its uppers, that in use and
+those below it, are counted in that, and its limit is the project's. Elsewhere, and of a volume that was made
+elsewhere, the uppers of one with a limit lie in an image of that size.
 """
 
 import contextlib
@@ -45,6 +49,7 @@ class OverlayDriver(KeepsRecords):
         self.directory = pool
         self._run = run_directory
         self.records = VolumeRecords(pool)
+        self.records.trash = tree.Trash(self.records.trash.directory, self._delete)
         self.layers = Layers(self.records, run_directory)
         self._sizes = Sizes(self._measure)
         self._copying_base = threading.Lock()
@@ -86,9 +91,29 @@ class OverlayDriver(KeepsRecords):
                 if name.startswith(".copy-"):
                     self.records.trash.throw(f"{self.directory}/layers/{name}")
         self.layers.disks.sweep()
+        enforced = self.layers.projects.enforced()
         for volume in self.records.list():
             if self.layers.disks.exists(volume):
                 self.layers.stale_disks.add(volume)
+            if enforced:
+                try:
+                    self._sweep_limit(volume)
+                except (SysctrError, OSError) as error:
+                    log.warning("the limit of volume %s cannot be seen to: %s", volume, error)
+
+    def _sweep_limit(self, volume: str) -> None:
+        record = self.records.read(volume)
+        project = self.layers.project(record)
+        if project:
+            self.layers.projects.limit_with_room(project, record.size_bytes)
+
+    def _delete(self, path: str) -> None:
+        try:
+            # First, because afterwards nothing tells of it.
+            self.layers.free_project(path)
+        except (SysctrError, OSError) as error:
+            log.warning("the limit of %s stays: %s", path, error)
+        tree.delete(path)
 
     def empty_trash(self) -> None:
         """Delete the data of what was destroyed and of layers that nobody uses."""
@@ -152,7 +177,10 @@ class OverlayDriver(KeepsRecords):
         Raises NotFound for a missing volume or layer, SysctrError for a damaged record.
         """
         with self.records.lock, self.records.explained(f"activate volume {volume}"):
-            chain = self.layers.chain(volume, self.records.read(volume))
+            record = self.records.read(volume)
+            chain = self.layers.chain(volume, record)
+            if record.size_bytes is not None and self.layers.project(record):
+                self.layers.make_room(volume, record, f"activate volume {volume}")
             before = volume in self.active()
             # First, so that no collection of this or the next daemon takes them away.
             self.layers.active.add(volume, chain.all)
@@ -229,7 +257,9 @@ class OverlayDriver(KeepsRecords):
         with self.layers.mounted(volume, [*layers, f"{where}/"]), self.records.explained(doing):
             self._check_layers(volume, layers)
             top = f"{self.layers.path(volume, layers[0])}/rootfs"
-            with self.layers.fresh(volume, where, top) as upper:
+            # A project without quotas counts nothing, and not every file system has it then.
+            project = self.layers.project(record) if self.layers.projects.enforced() else 0
+            with self.layers.fresh(volume, where, top, project) as upper:
                 fault.point("overlay.switch.made")
                 chain = Chain(upper, layers)
                 fields = {**record.fields, **chain.fields()}
@@ -313,9 +343,9 @@ class OverlayDriver(KeepsRecords):
             yield self.layers.view(volume, layers)
 
     def resize(self, volume: str, size_bytes: int | None, worker: Worker) -> None:
-        """Change a volume's limit; to grow from one to another it may be in use.
+        """Change a volume's limit. With a project it may be in use; else to grow from one limit to another.
 
-        Between no limit and one, everything but the template is copied into an image or out of it.
+        Without one, between no limit and one everything but the template is copied into an image or out.
         """
         record = self.records.read(volume)
         if size_bytes == record.size_bytes:
@@ -324,7 +354,9 @@ class OverlayDriver(KeepsRecords):
             doing = f"take the limit off volume {volume}"
         else:
             doing = f"limit volume {volume} to {overlay_copy.mib(size_bytes)}"
-        if record.size_bytes is not None and size_bytes is not None and size_bytes > record.size_bytes:
+        if self._limited_by_project(volume, record):
+            overlay_copy.limit(self.layers, volume, doing, size_bytes)
+        elif record.size_bytes is not None and size_bytes is not None and size_bytes > record.size_bytes:
             overlay_copy.grow(self.layers, volume, size_bytes)
         else:
             self._check_idle(volume, doing)
@@ -338,21 +370,46 @@ class OverlayDriver(KeepsRecords):
         fault.point("overlay.resize.done")
         self._sizes.forget(volume)
 
+    def _limited_by_project(self, volume: str, record: VolumeRecord) -> bool:
+        """Tell whether a volume's limit is that of its project, or can be."""
+        if not self.layers.project(record):
+            return False
+        if record.size_bytes is not None:
+            return True
+        return self.layers.projects.enforced() and self.layers.in_project(volume, record)
+
     def usage(self, volume: str) -> int | None:
-        """Return the bytes that belong to the volume alone as last measured; asks for another measurement."""
-        return self._sizes.usage(volume)
+        """Return the bytes that belong to the volume as counted, or as last measured, and measure again."""
+        try:
+            counted = self._counted_bytes(volume)
+        except (SysctrError, OSError) as error:
+            log.debug("%s", error)
+            counted = None
+        return self._sizes.usage(volume) if counted is None else counted
 
     def filled(self, volume: str) -> int | None:
         """Return the bytes that count towards the volume's limit: nothing that it shares does."""
         return self.usage(volume)
 
     def measure(self, volume: str) -> int:
-        """Walk the volume's own layers now and return their bytes."""
+        """Return the same as of now; where nothing is counted, walk the volume's own layers."""
         return self._sizes.measure(volume)
+
+    def _counted_bytes(self, volume: str, *, settled: bool = False) -> int | None:
+        """Return what a volume's project uses; None for a volume that has none."""
+        record = self.records.read(volume)
+        project = self.layers.project(record)
+        if not project or not self.layers.projects.enforced() or not self.layers.in_project(volume, record):
+            return None
+        return self.layers.projects.all_bytes(project, settled=settled)
 
     def _measure(self, volume: str) -> int:
         if not self.records.exists(volume):
             raise NotFound(f"cannot measure volume {volume}: it does not exist")
+        with contextlib.suppress(SysctrError), self.records.explained(f"measure volume {volume}"):
+            counted = self._counted_bytes(volume, settled=True)
+            if counted is not None:
+                return counted
         paths = self.layers.own(volume)
         size_bytes = tree.size_bytes(*paths) if paths else 0
         with contextlib.suppress(FileNotFoundError):

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sysctr.errors import NoSpace, Refused
 from sysctr.linux import fault
@@ -30,19 +31,32 @@ def make(layers: Layers, volume: str, doing: str, below: tuple[str, ...], size_b
     if size_bytes is not None:
         images.check_size(doing, size_bytes)
     with contextlib.ExitStack() as stack:
-        if size_bytes is None:
+        stack.enter_context(records.explained(doing))
+        project = layers.projects.new()
+        in_image = size_bytes is not None and not project
+        if not in_image:
             # Before the volume's directory, so that it is kept until that is published.
-            stack.enter_context(records.explained(doing))
-            upper = stack.enter_context(layers.fresh(volume, "uppers"))
+            upper = stack.enter_context(layers.fresh(volume, "uppers", project=project))
+            _limit(layers, project, size_bytes)
         hidden = stack.enter_context(records.making(volume, doing))
-        if size_bytes is not None:
+        if in_image:
             upper = layers.new_name(volume, "disk")
             with _new_image(layers, f"{hidden}/disk.img", size_bytes) as directory:
                 layers.make(f"{directory}/uppers/{upper.partition('/')[2]}")
         fault.point("overlay.create.made")
-        record = VolumeRecord(size_bytes, fields=Chain(upper, below).fields())
+        record = VolumeRecord(size_bytes, fields=_fields(Chain(upper, below), project))
         records.write_in(hidden, record)
         fault.point("overlay.create.recorded")
+
+
+def _limit(layers: Layers, project: int, size_bytes: int | None) -> None:
+    if project and size_bytes is not None:
+        layers.projects.limit(project, size_bytes)
+        fault.point("overlay.project.limited")
+
+
+def _fields(chain: Chain, project: int) -> "dict[str, Any]":
+    return {**chain.fields(), "project": project} if project else chain.fields()
 
 
 @contextlib.contextmanager
@@ -56,9 +70,11 @@ def _new_image(layers: Layers, path: str, size_bytes: int) -> Iterator[str]:
 def live(layers: Layers, volume: str, doing: str, worker: Worker, pause: Pause) -> Iterator[tuple[str, ...]]:
     """Copy the upper of a volume in use, paused for the last changes; return the copy and what is below it.
 
-    The copy is never in the volume's image: it would take from the limit what the container did not write.
+    The copy is never in the volume's image, or in the project that has the limit: it would take from that
+    what the container did not write.
     """
-    chain = layers.chain(volume, layers.records.read(volume))
+    record = layers.records.read(volume)
+    chain, project = layers.chain(volume, record), layers.project(record)
     kept = layers.new_name(volume, "uppers")
     path = layers.path(volume, kept)
     with (
@@ -70,6 +86,8 @@ def live(layers: Layers, volume: str, doing: str, worker: Worker, pause: Pause) 
         undo.callback(tree.delete, path)
         os.mkdir(path, 0o700)
         os.mkdir(f"{path}/rootfs", 0o755)
+        if project and layers.projects.enforced():
+            layers.projects.enter(f"{path}/rootfs", project + 1)
         source = layers.raw(volume, chain.upper)
         upper = source.trees[0].path
         began_s = time.time()
@@ -92,7 +110,14 @@ def live(layers: Layers, volume: str, doing: str, worker: Worker, pause: Pause) 
 
 @contextlib.contextmanager
 def _copied(
-    layers: Layers, volume: str, wanted: Sequence[str], owner: str, directory: str, kind: str, worker: Worker
+    layers: Layers,
+    volume: str,
+    wanted: Sequence[str],
+    owner: str,
+    directory: str,
+    kind: str,
+    worker: Worker,
+    project: int = 0,
 ) -> Iterator["dict[str, str]"]:
     """Copy layers of a volume, marks and all, below `directory`, and return the names of the copies."""
     copies = {layer: layers.new_name(owner, kind) for layer in wanted}
@@ -102,6 +127,8 @@ def _copied(
             undo.callback(tree.delete, path)
             os.makedirs(path, mode=0o700)
             os.mkdir(f"{path}/rootfs", 0o755)
+            if project:
+                layers.projects.enter(f"{path}/rootfs", project)
             worker.copy(layers.raw(volume, layer), f"{path}/rootfs")
             fault.point("overlay.layer.copied")
         tree.sync_file_system(directory)
@@ -121,7 +148,8 @@ def clone(
 ) -> None:
     """Make a volume on layers of another; those in the other's image are copied.
 
-    The upper of the other is among them only if it cannot be a layer for both.
+    The upper of the other is among them only if it cannot be a layer for both. What both stand on counts
+    against neither's limit but that of the volume which wrote it.
     """
     records = layers.records
     if size_bytes is not None:
@@ -131,14 +159,19 @@ def clone(
         apart.insert(0, wanted[0])
     top = f"{layers.path(volume, wanted[0])}/rootfs"
     with contextlib.ExitStack() as stack:
-        if size_bytes is None:
-            # Before the volume's directory, so that they are kept until that is published.
-            copies = stack.enter_context(
-                _copied(layers, volume, apart, target, layers.pool, "uppers", worker)
-            )
-            upper = stack.enter_context(layers.fresh(target, "uppers", top))
+        project = layers.projects.new()
+        in_image = size_bytes is not None and not project
+        if not in_image:
+            # Before the volume's directory, so that they are kept until that is published. The limit comes
+            # with the upper, as nothing else would tell of it after a crash.
+            upper = stack.enter_context(layers.fresh(target, "uppers", top, project))
+            _limit(layers, project, size_bytes)
+            with _fitting(doing, size_bytes):
+                copies = stack.enter_context(
+                    _copied(layers, volume, apart, target, layers.pool, "uppers", worker, project)
+                )
         hidden = stack.enter_context(records.making(target, doing))
-        if size_bytes is not None:
+        if in_image:
             directory = stack.enter_context(_new_image(layers, f"{hidden}/disk.img", size_bytes))
             with _fitting(doing, size_bytes):
                 copies = stack.enter_context(
@@ -150,17 +183,18 @@ def clone(
         for layer in below:
             if layer.startswith("uppers/"):
                 layers.add_owners(layers.path(target, layer), [target])
-        records.write_in(hidden, VolumeRecord(size_bytes, fields=Chain(upper, below).fields()))
+        records.write_in(hidden, VolumeRecord(size_bytes, fields=_fields(Chain(upper, below), project)))
         fault.point("overlay.clone.recorded")
 
 
 @contextlib.contextmanager
-def _fitting(doing: str, size_bytes: int) -> Iterator[None]:
-    """Say of an image that is full that its limit is too small."""
+def _fitting(doing: str, size_bytes: int | None) -> Iterator[None]:
+    """Say of an image or a project that is full that its limit is too small."""
     try:
         yield
     except (NoSpace, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if size_bytes is None or not full:
             raise
         raise Refused(
             f"cannot {doing}: its files do not fit into {mib(size_bytes)}", "choose more, or delete files"
@@ -220,6 +254,8 @@ def _record(layers: Layers, volume: str, chain: Chain, size_bytes: int | None) -
     with layers.records.lock:
         record = layers.records.read(volume)
         fields = {**record.fields, **chain.fields()}
+        # What is in an image now, or was, has no project.
+        fields.pop("project", None)
         layers.records.write(volume, replace(record, size_bytes=size_bytes, fields=fields))
     fault.point("overlay.resize.recorded")
 
@@ -239,6 +275,37 @@ def _drop_old_image(layers: Layers, volume: str, doing: str) -> None:
                 "delete them first",
             )
         layers.records.trash.throw(layers.disks.image(volume))
+
+
+def limit(layers: Layers, volume: str, doing: str, size_bytes: int | None) -> None:
+    """Change the limit that a volume has by its project, in use or not; raises Refused below what it uses."""
+    records, projects = layers.records, layers.projects
+    with records.lock, records.explained(doing), contextlib.ExitStack() as undo:
+        record = records.read(volume)
+        project, fields = layers.project(record), dict(record.fields)
+        if size_bytes is not None:
+            images.check_size(doing, size_bytes)
+            layers.check_limit(volume, record, doing)
+            used_bytes = projects.used_bytes(project)
+            if used_bytes > size_bytes:
+                used_bytes = projects.used_bytes(project, settled=True)
+            if used_bytes > size_bytes:
+                raise Refused(
+                    f"cannot {doing}: it uses {mib(used_bytes)}", "choose more, or delete files and snapshots"
+                )
+        elif not layers.in_project(volume, record):
+            del fields["project"]
+        undo.callback(projects.limit, project, record.size_bytes)
+        try:
+            projects.limit(project, size_bytes)
+        except OSError:
+            # Where there are no quotas any more, there is no limit to take away.
+            if size_bytes is not None or projects.enforced():
+                raise
+            undo.pop_all()
+        fault.point("overlay.project.limited")
+        records.write(volume, replace(record, size_bytes=size_bytes, fields=fields))
+        undo.pop_all()
 
 
 def grow(layers: Layers, volume: str, size_bytes: int) -> None:

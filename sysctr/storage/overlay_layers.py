@@ -4,6 +4,7 @@
     POOL/uppers/VOLUME.HEX/rootfs/      what a container wrote: still does, or did until it was frozen
     POOL/uppers/VOLUME.HEX/work/        the kernel's, while it is written to
     POOL/uppers/VOLUME.HEX/users/       one file for each clone that may stand on it too
+                                        (never in the volume's project, as rootfs and work are: always room)
     RUN/VOLUME/uppers/…                 the same in the image of a volume with a limit, while that is mounted
     RUN/ACTIVE/VOLUME.json              the layers that an active volume stands on, until the next boot
 
@@ -21,11 +22,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sysctr.errors import SysctrError
+from sysctr.errors import NotFound, Refused, SysctrError
 from sysctr.linux import fault
 from sysctr.storage import tree
 from sysctr.storage.base import RootSpec, Tree
 from sysctr.storage.overlay_disks import Active, Disks
+from sysctr.storage.projects import Projects, is_project
 from sysctr.storage.volumes import SnapshotRecord, VolumeRecord, VolumeRecords
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Layers:
         self.pool = records.pool
         self.active = Active(run)
         self.disks = Disks(records, run, self.active)
+        self.projects = Projects(records.pool)
         self._pins: Counter[tuple[str, str]] = Counter()
         # Images in which something became garbage since they were last looked through.
         self.stale_disks: set[str] = set()
@@ -76,14 +79,14 @@ class Layers:
         return f"{where}/{volume}.{secrets.token_hex(4)}"
 
     @contextlib.contextmanager
-    def fresh(self, volume: str, where: str, like: str = "") -> Iterator[str]:
+    def fresh(self, volume: str, where: str, like: str = "", project: int = 0) -> Iterator[str]:
         """Make an empty layer and return its name; after that it is garbage unless a record names it."""
         name = self.new_name(volume, where)
         with self.pinned(volume, [name]):
-            self.make(self.path(volume, name), like)
+            self.make(self.path(volume, name), like, project)
             yield name
 
-    def make(self, path: str, like: str = "") -> None:
+    def make(self, path: str, like: str = "", project: int = 0) -> None:
         """Make the directories of an empty layer; raises OSError.
 
         `like` is a tree whose top directory has the owner, mode and attributes that it gets: the top of a
@@ -98,6 +101,10 @@ class Layers:
             os.chmod(f"{path}/rootfs", 0o755)
             if like:
                 _copy_top(like, f"{path}/rootfs")
+            if project:
+                # Last: to move into a project that is full is allowed, to make something in it is not.
+                for name in ("work", "rootfs"):
+                    self.projects.enter(f"{path}/{name}", project)
         except BaseException:
             with contextlib.suppress(SysctrError):
                 tree.delete(path)
@@ -134,7 +141,58 @@ class Layers:
 
     def where(self, record: VolumeRecord) -> str:
         """Return where new layers of a volume are made."""
-        return "uppers" if record.size_bytes is None else "disk"
+        return "uppers" if record.size_bytes is None or self.project(record) else "disk"
+
+    def project(self, record: VolumeRecord) -> int:
+        """Return the project of a volume; 0 for one that has none: its limit is the size of its image."""
+        number = record.fields.get("project", 0)
+        if number and not is_project(number):
+            raise SysctrError(f"cannot use project {number!r}: the record that names it is damaged")
+        return number
+
+    def in_project(self, volume: str, record: VolumeRecord) -> bool:
+        """Tell whether what a volume writes belongs to its project: not so if files were copied by others."""
+        project = self.project(record)
+        path = self.path(volume, self.chain(volume, record).upper)
+        return bool(project) and all(
+            self.projects.of(f"{path}/{name}") == project for name in ("work", "rootfs")
+        )
+
+    def check_limit(self, volume: str, record: VolumeRecord, doing: str) -> None:
+        """Raise Refused where the limit that a volume has by its project would not be kept."""
+        if not self.projects.enforced():
+            raise Refused(
+                f"cannot {doing}: its limit is a project quota, and {self.pool} is mounted without",
+                "mount it with prjquota, or take the limit off the volume",
+            )
+        if not self.in_project(volume, record):
+            raise Refused(
+                f"cannot {doing}: its limit is a project quota, and its files are not in its project",
+                "take the limit off the volume and set it again",
+            )
+
+    def make_room(self, volume: str, record: VolumeRecord, doing: str) -> None:
+        """Let a volume that has its limit by its project be mounted; raises Refused where that cannot be."""
+        self.check_limit(volume, record, doing)
+        if not self.projects.limit_with_room(self.project(record), record.size_bytes):
+            raise Refused(
+                f"cannot {doing}: it has used up its limit",
+                "raise the limit, or delete snapshots that were taken while it was stopped",
+            )
+
+    def free_project(self, path: str) -> None:
+        """Take the limit away that a layer in the trash was written under, if its volume is gone."""
+        project = self.projects.of(f"{path}/rootfs")
+        if not project or self.projects.limit_of(project) is None:
+            return
+        try:
+            # What writes a layer is in its name, and no other volume has that one's project.
+            record = self.records.read(os.path.basename(path).rpartition(".")[0])
+            if self.project(record) == project:
+                return
+        except NotFound:
+            pass
+        self.projects.limit(project, None)
 
     def chain(self, volume: str, record: VolumeRecord) -> Chain:
         """Return what a volume is mounted from; raises SysctrError where its record does not say that."""

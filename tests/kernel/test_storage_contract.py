@@ -523,7 +523,9 @@ def test_on_a_full_disk_nothing_is_lost_or_half_made_and_deleting_is_the_way_out
     pool.snapshot("105", "again")
 
 
-@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.fstype == "ext4"])
+@pytest.mark.parametrize(
+    "name", storage.parameters(name for name, kind in KINDS.items() if kind.fstype == "ext4")
+)
 def test_without_inodes_nothing_is_half_made(tmp_path, jobs, name) -> None:
     with storage.pool(name, str(tmp_path), jobs, "-N", "128") as pool:
         pool.create("101")

@@ -153,4 +153,17 @@ def garbage(pool: Pool) -> list[str]:
         found += [str(path) for path in directory.iterdir() if path.name not in own]
         names = {path.name.removesuffix(".json") for path in directory.glob("snapshots/*.json")}
         found += [str(path) for path in directory.glob("snapshots/*") if path.name.split(".")[0] not in names]
-    return found
+    return found + wrong_limits(pool)
+
+
+def wrong_limits(pool: Pool) -> list[str]:
+    """Return the quotas on a pool's file system that are not the limit of a volume."""
+    if not pool.kind.quotas:
+        return []
+    wanted = {}
+    for volume in pool.driver.list():
+        record = json.loads(Path(pool.directory, "volumes", volume, "volume.json").read_text())
+        if record["size_bytes"]:
+            wanted[record["project"]] = record["size_bytes"]
+    limits = {each.project: each.limit_bytes for each in pool.quotas() if each.limit_bytes}
+    return [] if limits == wanted else [f"limits {limits} instead of {wanted}"]
