@@ -25,7 +25,7 @@ KERNEL_PACKAGE = "linux-image-cloud-amd64"
 PACKAGES = (
     "apparmor", "busybox-static", "ca-certificates", "dbus", "dnsmasq-base", "e2fsprogs", "iproute2",
     "iputils-ping", "kmod", "libseccomp2", "lxcfs", "nftables", "procps", "python3", "rsync", "systemd-sysv",
-    "tar", "udev", "uidmap", "xz-utils", "zstd",
+    "tar", "udev", "uidmap", "xfsprogs", "xz-utils", "zstd",
 )  # fmt: skip
 # What building and booting need on the host, by program.
 HOST_PACKAGES = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs"}
