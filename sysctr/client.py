@@ -105,7 +105,26 @@ class Client:
         *,
         timeout_s: "float | None" = REQUEST_TIMEOUT_S,
     ) -> "Any":
-        """Send one request and return the decoded answer; an error of the daemon is raised as it was."""
+        """Send one request and return the decoded answer; an error of the daemon is raised as it was.
+
+        A question is asked once more where the daemon ends before it answers: the next one knows the answer.
+        """
+        try:
+            return self._request(method, where, body, query, timeout_s)
+        except errors.NoDaemon as error:
+            # What is not a question may have been begun, and must not be begun twice.
+            if method != "GET" or not isinstance(error.__cause__, (BrokenPipeError, ConnectionResetError)):
+                raise
+            return self._request(method, where, body, query, timeout_s)
+
+    def _request(
+        self,
+        method: str,
+        where: str,
+        body: object,
+        query: "Mapping[str, object] | None",
+        timeout_s: "float | None",
+    ) -> "Any":
         with _Lost(self):
             status, headers = self._exchange(method, where, body, query, timeout_s)
             content = b"".join(self._body(headers))

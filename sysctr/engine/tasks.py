@@ -509,7 +509,8 @@ def _cancelled(task: Task) -> dict[str, str]:
 
 def _interrupted(task: Task) -> dict[str, str]:
     message = f"cannot {task.doing}: interrupted: the daemon was stopped"
-    return {"code": "interrupted", "message": message, "hint": ""}
+    hint = "what it had begun is finished or undone by now: look, and do it again if it was not done"
+    return {"code": "interrupted", "message": message, "hint": hint}
 
 
 def _bug(task: Task) -> dict[str, str]:

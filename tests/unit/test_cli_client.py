@@ -212,3 +212,31 @@ def test_a_daemon_that_is_never_ready_is_given_up(fake_package):
     with pytest.raises(errors.NoDaemon, match=r"not ready after 0 s"):
         launch.start(layout, 0.3, lambda: False)
     os.wait()
+
+
+def test_a_question_is_asked_again_when_the_daemon_dies_before_it_answers(tmp_path):
+    where = Layout(str(tmp_path))
+    os.makedirs(where.run)
+    asked = []
+
+    def serve(listener):
+        for _ in range(3):
+            connection, _ = listener.accept()
+            with connection:
+                asked.append(connection.recv(65536).split(b" ")[0].decode())
+                if len(asked) == 2:
+                    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
+                    connection.sendall(head + b"Connection: close\r\n\r\n[]")
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(where.api_socket)
+        listener.listen()
+        dying = threading.Thread(target=serve, args=(listener,))
+        dying.start()
+        with Client(where, start=False) as client:
+            assert client.get("/1/containers") == []
+            # What may have been begun is not begun twice.
+            with pytest.raises(errors.NoDaemon, match="cannot talk to the daemon"):
+                client.post("/1/containers/101/start")
+        dying.join(10)
+    assert asked == ["GET", "GET", "POST"]
