@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import re
 import threading
 import time
 import traceback
@@ -32,6 +33,12 @@ TAKE_OVER_S = 60.0
 _CHECK_S = 0.2
 # How long a task waits for a short action that holds its container, before it is refused.
 _HOLD_PATIENCE_S = 2.0
+# Kinds that are no verb of their object.
+_VERBS = {
+    "delsnapshot": "delete snapshots of", "diff": "compare", "passwd": "set a password of",
+    "pull": "pull files from", "push": "push files to", "rollback": "roll back", "shutdown": "shut down",
+    "template-create": "make a template of",
+}  # fmt: skip
 ENDED = frozenset({"done", "failed", "cancelled"})
 
 
@@ -83,7 +90,7 @@ class Task:
     @property
     def doing(self) -> str:
         """What it does, as words after "cannot"."""
-        verb = self.kind.removeprefix("template-").removeprefix("backup-")
+        verb = _VERBS.get(self.kind) or re.sub("^(template|backup|pool)-", "", self.kind)
         return f"{verb} {self.subject}".rstrip()
 
     def check(self) -> None:

@@ -126,12 +126,16 @@ class TreeWorker:
             argv, volume=target, views={SOURCE: source}, task=self._task, stdin_fd=stdin_fd,
             stdout_fd=stdout_fd,
         )  # fmt: skip
+        # Whoever gave the command knows what it was for, and nothing of copies.
+        doing = f"cannot {self._task.doing if self._task else 'copy files'}"
         if status == _NO_SPACE:
-            raise NoSpace(f"cannot copy files: no space left on {target}")
+            raise NoSpace(f"{doing}: no space left on {target}")
         if status == _TIMED_OUT:
             raise SysctrError(
-                f"cannot copy files: what changed meanwhile took more than {_LONGEST_PAUSE_S} s",
+                f"{doing}: what changed meanwhile took more than {_LONGEST_PAUSE_S} s",
                 "try again when the container writes less, or stop it",
             )
         if status:
-            raise SysctrError(f"cannot copy files: the job ended with {status}", "the task's log says why")
+            raise SysctrError(
+                f"{doing}: the copy of its files ended with {status}", "the task's log says why"
+            )

@@ -172,6 +172,24 @@ def test_an_error_names_the_container_as_people_do(
         runner.submit("stop", 101, fail, subject="web (101)")
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("start", "start web (101)"), ("rollback", "roll back web (101)"),
+        ("template-create", "make a template of web (101)"), ("delsnapshot", "delete snapshots of web (101)"),
+        ("shutdown", "shut down web (101)"),
+    ],
+)  # fmt: skip
+def test_a_message_says_what_a_task_does_in_words(runner: TaskRunner, kind: str, words: str) -> None:
+    gate = Gate()
+    task = runner.submit(kind, 101, gate, subject="web (101)")
+    with pytest.raises(Busy):
+        runner.submit("start", 101, gate)
+    task.cancel()
+    assert task.wait(10)
+    assert task.error["message"] == f"cannot {words}: the task was cancelled"
+
+
 def test_a_subject_is_held_like_a_container(runner: TaskRunner) -> None:
     gate = Gate()
     runner.submit("build", None, gate, subject="template debian-12")
