@@ -2,6 +2,7 @@
 
 import sys
 
+from sysctr import errors
 from sysctr.cli.command import Command, Selected, for_each, json_option, quiet_option, words
 from sysctr.cli.output import (
     duration,
@@ -130,7 +131,9 @@ def _cancel_arguments(parser: "argparse.ArgumentParser") -> None:
 
 def _cancel(arguments: "argparse.Namespace", client: "Client") -> int:
     def cancel(task: str) -> None:
-        client.request("DELETE", path("tasks", task))
+        known = field(client.request("DELETE", path("tasks", task)), "task")
+        if known["state"] in ("done", "failed"):
+            raise errors.WrongState(f"cannot cancel {task}: it has ended already, as {known['state']}")
         notice(f"asked {task} to stop; it undoes what it did")
 
     return for_each(arguments.tasks, cancel)

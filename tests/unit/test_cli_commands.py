@@ -206,6 +206,17 @@ def test_an_interrupted_wait_leaves_the_task_and_says_how_to_cancel_it(stub, mon
     assert asked(stub, "DELETE") == []
 
 
+def test_cancelling_what_has_ended_says_so(stub, capsys):
+    ids = {"running": "aaaa", "cancelled": "bbbb", "done": "cccc"}
+    for state, task in ids.items():
+        stub.routes["DELETE", f"/1/tasks/{task}"] = {"task": stub.task(state=state)}
+    assert main(["task", "cancel", *ids.values()]) == 4
+    shown = capsys.readouterr().err
+    assert "asked aaaa to stop" in shown
+    assert "asked bbbb to stop" in shown
+    assert "cannot cancel cccc: it has ended already, as done" in shown
+
+
 def test_create_sends_every_option(stub, tmp_path, capsys):
     stub.routes["POST", "/1/containers"] = (202, {"task": stub.task("create", container=120)})
     key, password = tmp_path / "key.pub", tmp_path / "password"
