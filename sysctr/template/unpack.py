@@ -271,7 +271,7 @@ def _judge(
     if any("Cannot change ownership" in line for line in outcome.messages):
         raise SysctrError(f"cannot {doing}: {words}", _FOREIGN)
     if decompressor not in (0, 141):
-        raise SysctrError(f"cannot {doing}: it is truncated or damaged ({words})")
+        raise SysctrError(f"cannot {doing}: it is truncated or damaged{f' ({words})' if words else ''}")
     # tar ends with 2 for device nodes it may not make, and says one line for each.
     if tar != 0 and (tar != 2 or outcome.messages or not outcome.nodes):
         raise SysctrError(f"cannot {doing}: it is truncated or damaged ({words or f'tar: status {tar}'})")

@@ -233,7 +233,7 @@ def test_a_truncated_archive_leaves_nothing(
     path = str(tmp_path / "a")
     path = pack(path, busybox, compression)
     os.truncate(path, int(os.path.getsize(path) * part))
-    with pytest.raises(SysctrError, match="truncated"):
+    with pytest.raises(SysctrError, match=r"truncated or damaged($| \([^)])"):
         import_archive(registry, path, "one", run_job=jobs.run_tool, task=task)
     assert nothing_left(registry)
 
