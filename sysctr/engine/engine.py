@@ -75,16 +75,18 @@ class Engine:
             host.network.release(stale.id)
             host.store.release(stale.id)
         host.open()
-        known = {record.id for record in host.store.list()}
+        # What runs and has no record has lost it: `recover` brings it back, and until then it runs on.
+        running = {number for number in host.live.ids() if host.live.running(number)}
+        known = running | {record.id for record in host.store.list()}
         host.network.ensure()
-        host.network.sweep({number for number in host.live.ids() if host.live.running(number)})
+        host.network.sweep(running)
         # Destroyed on a full disk, which could not note that.
         for number in host.network.all_addresses().keys() - known:
             self._lifecycle.quietly(host.network.release, number)
         self._doors.resume()
         host.release_unused()
         for number in host.cgroups.list_ids():
-            if number not in known or not host.live.running(number):
+            if number not in running:
                 self._lifecycle.quietly(host.cgroups.destroy, number)
         to_start = self.history.settle()
         # Last: it may start a container that asked for a reboot, whose cgroup and link are no leftovers.

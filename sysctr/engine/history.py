@@ -110,7 +110,8 @@ class History:
         else:
             state, hint = (
                 "warn",
-                "`sysctr recover` rebuilds lost containers; `sysctr daemon restart` tidies up",
+                "`sysctr recover` rebuilds containers whose records are lost; what else was cut short, "
+                "`sysctr daemon restart` finishes",
             )
         return [
             {"check": "leftovers", "ok": True, "state": state, "detail": text, "hint": hint} for text in found

@@ -254,6 +254,24 @@ def test_what_the_state_directories_lose_the_volumes_remember(kept: Kept, subjec
     is_whole(kept, subject)
 
 
+def test_a_container_whose_records_are_lost_while_it_runs_goes_on(kept: Kept, subject: str) -> None:
+    host = kept.host
+    host.run("start", subject)
+    before = host.json("info", subject)
+    host.run("daemon", "stop")
+    shutil.rmtree(host.layout.container_dir(before["id"]))
+    Path(host.layout.container_config(before["id"])).unlink()
+    host.run("daemon", "start")
+    assert host.json("list") == []
+    host.run("recover")
+    after = host.json("info", subject)
+    assert {key: after[key] for key in ("state", "pid", "addresses", "idmap")} == {
+        key: before[key] for key in ("state", "pid", "addresses", "idmap")
+    }
+    assert inside(host, subject, "ip -o address show eth0; cat /root/file").endswith("new")
+    is_whole(kept, subject)
+
+
 def test_a_volume_without_a_container_is_found_and_told(kept: Kept, subject: str) -> None:
     host = kept.host
     number = host.json("info", subject)["id"]
