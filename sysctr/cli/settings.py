@@ -259,10 +259,14 @@ def _asked(question: str) -> bool:
 def _rename_arguments(parser: "argparse.ArgumentParser") -> None:
     one_container(parser)
     parser.add_argument("name", metavar="NAME", help="the new name")
+    json_option(parser)
 
 
 def _rename(arguments: "argparse.Namespace", client: "Client") -> None:
-    client.post(path("containers", arguments.container, "rename"), {"name": arguments.name})
+    answer = client.post(path("containers", arguments.container, "rename"), {"name": arguments.name})
+    if arguments.json:
+        print_json({"name": arguments.name, **answer})
+        return
     print(neutralise(f"renamed {arguments.container} to {arguments.name}"))
 
 
@@ -310,17 +314,24 @@ def _ask_password(user: str, container: str) -> str:
 def _protect_arguments(parser: "argparse.ArgumentParser") -> None:
     containers(parser)
     parser.add_argument("--off", action="store_true", help="let them be destroyed again")
+    json_option(parser)
 
 
 def _protect(arguments: "argparse.Namespace", client: "Client") -> int:
     body = {"protected": not arguments.off}
     chosen = select(client, arguments)
+    answers = []
 
     def protect(one: Selected) -> None:
-        client.post(path("containers", one.ref, "protect"), body)
-        print(neutralise(f"{'no longer protected' if arguments.off else 'protected'}: {one.label}"))
+        answer = client.post(path("containers", one.ref, "protect"), body)
+        answers.append({"name": one.label, **body, **answer})
+        if not arguments.json:
+            print(neutralise(f"{'no longer protected' if arguments.off else 'protected'}: {one.label}"))
 
-    return for_each(chosen, protect)
+    status = for_each(chosen, protect)
+    if arguments.json:
+        print_json(answers)
+    return status
 
 
 COMMANDS = {

@@ -491,3 +491,13 @@ def test_a_socket_one_may_not_use_is_refused_with_the_group(stub, monkeypatch, c
     monkeypatch.setattr("sysctr.client.Client._connect_once", forbidden)
     assert main(["list"]) == 5
     assert "group sysctr" in capsys.readouterr().err
+
+
+def test_what_prints_prints_json_too(stub, capsys):
+    answer = {"applied": ["name"], "pending": [], "notes": [], "digest": "x"}
+    stub.routes["POST", "/1/containers/demo/rename"] = answer
+    stub.routes["POST", "/1/containers/demo/protect"] = answer
+    assert main(["rename", "demo", "web", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": "web", **answer}
+    assert main(["protect", "demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"name": "demo", "protected": True, **answer}]
