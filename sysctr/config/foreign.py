@@ -1,6 +1,7 @@
 """What the configuration of a container of another manager is to a restore, whichever manager wrote it."""
 
 import re
+from dataclasses import dataclass
 from typing import Protocol
 
 from sysctr.config import values
@@ -11,12 +12,23 @@ from sysctr.errors import ConfigError
 _LONGEST_DESCRIPTION = 4096
 
 
+@dataclass(frozen=True)
+class ForeignSnapshot:
+    """A state that there is beside the present one; `below` is the directory of its files in the archive."""
+
+    name: str
+    created: float
+    description: str
+    below: str
+
+
 class Foreign(Protocol):
     """A container as its manager described it."""
 
     name: str  # the one that it gets here, empty where none can be made of its own
     uuid: str  # its identity, empty where its manager has none
     macs: frozenset[str]  # of its cards
+    snapshots: tuple[ForeignSnapshot, ...]  # oldest first
 
     def convert(self, reading: Reading) -> None:
         """Take over what goes over, and note what does not; nothing that it says makes this fail."""
@@ -39,10 +51,15 @@ def name_from(text: str) -> str:
 
 def set_description(reading: Reading, key: str, text: str) -> None:
     """Take a description over as the one line that it is here."""
-    line = "".join(character if character.isprintable() else " " for character in text).strip()
-    kept = line.encode("utf-8", "ignore")[:_LONGEST_DESCRIPTION].decode("utf-8", "ignore")
+    kept = one_line(text, _LONGEST_DESCRIPTION)
     if kept and reading.set(key, "description", kept) and kept != text:
         reading.changed(key, "it is one line here")
+
+
+def one_line(text: str, longest_bytes: int) -> str:
+    """Return a text as one line, cut where it is too long."""
+    line = "".join(character if character.isprintable() else " " for character in text).strip()
+    return line.encode("utf-8", "ignore")[:longest_bytes].decode("utf-8", "ignore")
 
 
 def set_size(reading: Reading, key: str, name: str, text: str) -> None:

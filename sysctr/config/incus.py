@@ -7,13 +7,14 @@ import ipaddress
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sysctr.config import addresses, plain_yaml, values
 from sysctr.config.foreign import (
+    ForeignSnapshot,
     name_from,
+    one_line,
     set_cores,
     set_cpu,
     set_description,
@@ -49,19 +50,10 @@ _NIC_NOTES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class IncusSnapshot:
-    """A state that the archive has beside the present one."""
-
-    name: str
-    created: float
-    description: str
-
-
 class IncusIndex:
     """An index that was read."""
 
-    def __init__(self, found: Mapping[str, Any], doing: str) -> None:
+    def __init__(self, found: Mapping[str, Any], doing: str, dot: str = "") -> None:
         _refuse_kind(found, doing)
         self._container = _table(_table(found.get("config")).get("container"))
         if not self._container:
@@ -75,7 +67,7 @@ class IncusIndex:
             for name, device in self._merged("devices", profiles).items()
         }
         self.uuid = _uuid(_text(self.config.get("volatile.uuid")))
-        self.snapshots = _snapshots(found, doing)
+        self.snapshots = _snapshots(found, doing, dot)
         self.macs = frozenset(self._macs())
 
     def _merged(self, what: str, profiles: list[dict[str, Any]]) -> dict[str, Any]:
@@ -110,8 +102,6 @@ class IncusIndex:
                 self._read_key(reading, key, value)
         for name in sorted(self.devices):
             _read_device(reading, name, self.devices[name], self.config)
-        for one in self.snapshots:
-            reading.dropped(f"snapshot {values.shown(one.name)}", "snapshots stay behind")
 
     def _read_key(self, reading: Reading, key: str, value: str) -> None:
         name = values.shown(key)[1:-1]
@@ -127,13 +117,16 @@ class IncusIndex:
             reading.dropped(name, f"sysctr has no such setting ({values.shown(value)})")
 
 
-def read(data: bytes, doing: str) -> IncusIndex:
-    """Read an index; ConfigError says why it cannot be, Refused what the archive is instead."""
+def read(data: bytes, doing: str, dot: str = "") -> IncusIndex:
+    """Read an index; ConfigError says why it cannot be, Refused what the archive is instead.
+
+    `dot` is what the names of members begin with.
+    """
     try:
         found = plain_yaml.read(data)
     except ConfigError as error:
         raise ConfigError(f"cannot {doing}: its index.yaml is damaged: {error.message}") from error
-    return IncusIndex(found, doing)
+    return IncusIndex(found, doing, dot)
 
 
 def refuse_optimized(doing: str) -> SysctrError:
@@ -162,7 +155,7 @@ def _profiles(config: Mapping[str, Any], container: Mapping[str, Any]) -> list[d
     return [by_name[name] for name in map(_text, names if isinstance(names, list) else ()) if name in by_name]
 
 
-def _snapshots(found: Mapping[str, Any], doing: str) -> tuple[IncusSnapshot, ...]:
+def _snapshots(found: Mapping[str, Any], doing: str, dot: str) -> tuple[ForeignSnapshot, ...]:
     """Return the snapshots, oldest first."""
     names = found.get("snapshots") or []
     listed = _table(found.get("config")).get("snapshots") or []
@@ -174,9 +167,9 @@ def _snapshots(found: Mapping[str, Any], doing: str) -> tuple[IncusSnapshot, ...
         if _SNAPSHOT_NAME.fullmatch(name) is None:
             raise ConfigError(f"cannot {doing}: no snapshot can be called {values.shown(name)}")
         detail = details.get(name, {})
-        snapshots.append(
-            IncusSnapshot(name, _time(_text(detail.get("created_at"))), _text(detail.get("description")))
-        )
+        created, description = _text(detail.get("created_at")), _text(detail.get("description"))
+        below = f"{dot}backup/snapshots/{name}/rootfs"
+        snapshots.append(ForeignSnapshot(name, _time(created), one_line(description, 1024), below))
     if len({one.name for one in snapshots}) != len(snapshots):
         raise ConfigError(f"cannot {doing}: its index.yaml lists a snapshot twice")
     return tuple(sorted(snapshots, key=lambda one: one.created))

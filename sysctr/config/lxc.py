@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sysctr.config import addresses, values
 from sysctr.config.foreign import (
+    ForeignSnapshot,
     name_from,
     set_cores,
     set_cpu,
@@ -67,6 +68,7 @@ class LxcConfig:
         self.host_name = self._values.get("lxc.uts.name", "") or directory_name
         self.name = name_from(self.host_name)
         self.uuid = ""
+        self.snapshots: tuple[ForeignSnapshot, ...] = ()
         self.rootfs = self._rootfs(doing)
         self.users, self.groups = self._id_ranges(doing)
         self.macs = frozenset(self._macs())

@@ -112,11 +112,11 @@ def parse_head(data: bytes, doing: str) -> Head:
 
 def _of_index(index: bytes, data: bytes, first: str, doing: str) -> Head:
     """Return what the index of an export of Incus or LXD says; it alone counts."""
+    dot = "./" if first.startswith("./") else ""
     try:
-        foreign = incus.read(index, doing)
+        foreign = incus.read(index, doing, dot)
     except ConfigError as error:
         raise SysctrError(error.message, error.hint) from error
-    dot = "./" if first.startswith("./") else ""
     # Versions that do not say how the files are kept are known by them.
     if any(member.name.removeprefix("./") == "backup/container.bin" for member in first_members(data)):
         raise incus.refuse_optimized(doing)

@@ -29,6 +29,7 @@ from sysctr.engine.lifecycle import Lifecycle, limits_of
 from sysctr.engine.pools import HOME
 from sysctr.engine.record import Guest, Record, new_record
 from sysctr.engine.restore_config import Draft, Wishes, archived_name, draft, here_of
+from sysctr.engine.restore_states import states_of, unpack_states
 from sysctr.engine.tasks import Task
 from sysctr.errors import Refused, SysctrError, UsageError, WrongState
 from sysctr.linux import fault
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 _SETTLE_S = 30.0
 # Devices are made at each start; the rest describes the archive and is no part of the rootfs.
 _NOT_UNPACKED = ("dev/*", "etc/vzdump/pct.conf", "etc/vzdump/pct.fw", "etc/vzdump/vps.conf")
+
+
+_OPTIONS = ("--anchored", *(f"--xattrs-exclude=user.overlay.{mark}" for mark in MARKS))
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Restoring:
                 record = dataclasses.replace(record, uuid=head.uuid, generation=generation)
             check_enforceable(number, limits_of(record), host.cgroups.available)
             undo.callback(self._discard, number)
-            record, outcome = self._fill(task, source, record, None, undo, plan.head.below)
+            record, outcome = self._fill(task, source, record, None, undo, plan)
             undo.callback(host.network.release, number)
             host.network.ensure()
             self._enroll(record, plan.draft)
@@ -207,9 +211,10 @@ class Restoring:
         record: Record,
         known: Record | None,
         undo: ExitStack,
-        below: str,
+        plan: Plan,
     ) -> tuple[Record, Outcome]:
-        """Make the volumes of a container and unpack into them what is below a directory of the archive."""
+        """Make the volumes of a container and unpack the archive into them."""
+        head, made = plan.head, plan.draft
         host, config = self._host, record.usable("restore")
         driver = host.driver(record)
         if config.limits.disk_bytes is not None and not driver.traits.enforces_size:
@@ -233,11 +238,18 @@ class Restoring:
                 and (volume := host.mounts.volume_of(record, mount)).name not in self._kept(known)
             ]
             task.step(f"unpacking {source.name}")
-            outcome = unpack(
-                path, source.codec, lambda fd: source.feed(fd, task), doing=source.doing,
-                run_job=host.jobs_for(record).run_tool, task=task,
-                options=_options(below), volumes=volumes,
-            )  # fmt: skip
+            if head.foreign is not None and head.foreign.snapshots:
+                outcome, notes = unpack_states(
+                    host, task, source, record, path, head.below, head.foreign.snapshots, _OPTIONS,
+                    _NOT_UNPACKED,
+                )  # fmt: skip
+                made.notes += notes
+            else:
+                outcome = unpack(
+                    path, source.codec, lambda fd: source.feed(fd, task), doing=source.doing,
+                    run_job=host.jobs_for(record).run_tool, task=task, volumes=volumes,
+                    options=[*_OPTIONS, *tar_arguments({head.below: ""}, _NOT_UNPACKED)],
+                )  # fmt: skip
             source.check_ended()
             found = check_rootfs(path, config.init)
         guest = Guest(found.init, found.init_kind, found.stop_signal, found.arch, found.os_id)
@@ -291,6 +303,7 @@ class Restoring:
         )  # fmt: skip
         check_enforceable(number, limits_of(record), host.cgroups.available)
         made = self._own_volumes(record) - self._own_volumes(before)
+        made |= {f"{record.pool}/{states_of(record)}"}
         gone = self._own_volumes(before) - self._own_volumes(record) - self._unmounted(before, record)
         facts: dict[str, Any] = {
             "volume": record.volume, "new": sorted(made), "old": sorted(gone),
@@ -300,7 +313,7 @@ class Restoring:
         running = False
         try:
             with ExitStack() as undo:
-                record, outcome = self._fill(task, source, record, before, undo, plan.head.below)
+                record, outcome = self._fill(task, source, record, before, undo, plan)
                 if plan.renew:
                     renew(host, record, task)
                 task.check()
@@ -440,9 +453,3 @@ def _own_number(file_name: str, own: dict[str, Any]) -> int | None:
         return int(own["id"])
     parsed = archives.parse_name(file_name)
     return parsed.number if parsed is not None else None
-
-
-def _options(below: str) -> list[str]:
-    """Return what tar is told besides: attributes and members that are not unpacked."""
-    attributes = [f"--xattrs-exclude=user.overlay.{mark}" for mark in MARKS]
-    return ["--anchored", *attributes, *tar_arguments(below, _NOT_UNPACKED)]

@@ -117,7 +117,8 @@ class Snapshots:
             note = one.note
             shown.append(
                 {
-                    "name": one.name, "created": one.created, "parent": one.parent,
+                    # One that came with an archive is as old as it was where it was taken.
+                    "name": one.name, "created": note.get("taken") or one.created, "parent": one.parent,
                     "description": note.get("description", ""), "expires": note.get("expires"),
                     "running": bool(note.get("running")), "automatic": bool(note.get("automatic")),
                     "volumes": [name for _, name in note.get("mounts", [])], "error": one.error,

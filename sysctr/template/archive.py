@@ -42,7 +42,7 @@ def _unpack(
     unpack(
         rootfs, codec, lambda fd: _feed(archive_fd, fd, digest, task),
         doing=f"import {path}", run_job=run_job, task=task, limits=limits,
-        options=tar_arguments(find_root(head)),
+        options=tar_arguments({find_root(head): ""}),
     )  # fmt: skip
     return Made(
         source=Source(kind="archive", name=file_name, digest=f"sha256:{digest.hexdigest()}"),

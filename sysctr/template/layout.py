@@ -7,7 +7,7 @@ that comes later and is not where the first ones are is none of the root's.
 import io
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from sysctr.linux.files import write_all
 from sysctr.template.base import RunJob
@@ -78,20 +78,21 @@ def first_members(data: bytes) -> Iterator[tarfile.TarInfo]:
         return
 
 
-def tar_arguments(below: str, left_out: Iterable[str] = ()) -> list[str]:
-    """Return what tar is told so that it takes the root that is below this directory, without some paths.
+def tar_arguments(roots: Mapping[str, str], left_out: Sequence[str] = ()) -> list[str]:
+    """Return what tar is told so that it takes these directories alone, each to a place of its own.
 
-    What is left out are patterns of paths in the root. It has to be the end of a command: what is below a
-    directory is named by an operand.
+    Both are paths; "" is all of the archive or all of the tree. What is left out are patterns of paths in
+    each of them. It has to be the end of a command: directories are named by operands.
 
-    >>> tar_arguments("")
-    []
+    >>> tar_arguments({"": ""}, ["dev/*"])
+    ['--exclude=./dev/*', '--exclude=dev/*', '--exclude=/dev/*']
     """
-    prefixes: Sequence[str] = (f"{below}/",) if below else ("./", "", "/")
-    excluded = [f"--exclude={prefix}{path}" for prefix in prefixes for path in left_out]
-    if not below:
-        return excluded
-    # The directory itself is the new root and gives it its owner and permissions. Symbolic links keep their
-    # targets, hard links follow their files.
-    literal = below.replace(".", r"\.")
-    return [*excluded, f"--transform=s,^{literal}\\(/\\|$\\),./,rSh", below]
+    prefixes = [prefix for below in roots for prefix in ([f"{below}/"] if below else ["./", "", "/"])]
+    arguments = [f"--exclude={prefix}{path}" for prefix in prefixes for path in left_out]
+    for below, place in roots.items():
+        if below:
+            # The directory itself gives the new root its owner and permissions. Symbolic links keep their
+            # targets, hard links follow their files.
+            literal = below.replace(".", r"\.")
+            arguments.append(f"--transform=s,^{literal}\\(/\\|$\\),./{place}\\1,rSh")
+    return arguments + [below for below in roots if below]
