@@ -71,6 +71,7 @@ class LxcSource(Source):
             raise
         self._judge(written, task)
         self._refuse_running()
+        self._note_end()
 
     def _judge(self, written: Written, task: Task) -> None:
         for line in written.left_out:
