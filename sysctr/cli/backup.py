@@ -280,6 +280,9 @@ def _verify(arguments: "argparse.Namespace", client: "Client") -> int:
 
 
 _MORE = (
+    "Read are archives of sysctr and of Proxmox VE, exports of Incus and LXD with their snapshots (but for",
+    "those with --optimized-storage), images of LXC, and plain tarballs of a rootfs, compressed or not.",
+    "",
     "Restored under its own number while the original is gone, a container keeps its identity: uuid, MACs,",
     "host keys. Restored beside the original, or with --unique, it gets one of its own.",
     "",
@@ -314,6 +317,7 @@ COMMANDS = {
             "sysctr restore vzdump-lxc-101-2026_01_31-12_00_00.tar.zst 101 --force",
             "sysctr restore --all /mnt/backups",
             "sysctr restore debian-rootfs.tar.xz --name web",
+            "sysctr restore incus-export.tar.gz --start",
         ),
     ),
 }
