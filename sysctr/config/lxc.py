@@ -151,9 +151,11 @@ class LxcConfig:
 
     def _read_other(self, reading: Reading, key: str, value: str) -> None:
         if key == "lxc.mount.entry":
-            inside = value.split()
-            if len(inside) > 1 and inside[1].startswith(f"{self.rootfs}/"):
-                value = value.replace(f"{self.rootfs}/", "", 1)
+            target = [*value.split(), "", ""][1].removeprefix(self.rootfs).strip("/")
+            if target in _OWN_MOUNTS:
+                return
+            if f" {self.rootfs}/" in value:
+                value = value.replace(f" {self.rootfs}/", " ", 1)
             read_entry(reading, key, value)
         elif key == "lxc.include":
             if not _STANDARD_INCLUDE.fullmatch(value):
@@ -302,6 +304,8 @@ _READERS: dict[str, Callable[[Reading, str, str], None]] = {
     "lxc.cgroup2.cpuset.cpus": _read_cpuset,
     "lxc.cgroup.cpuset.cpus": _read_cpuset,
 }
+# Every container here has them anyway.
+_OWN_MOUNTS = ("dev/shm", "dev/mqueue", "proc", "sys")
 # Those that are read together with others.
 _TOGETHER = (
     "lxc.cgroup2.cpu.max", "lxc.cgroup2.cpu.weight", "lxc.cgroup.cpu.cfs_quota_us",

@@ -97,6 +97,18 @@ def test_a_container_of_lxc_boots_here_with_its_ids(shared_host, lxc, busybox, u
     assert shared_host.json("info", f"{name}-2")["nets"][0]["mac"] != mac
 
 
+def test_what_lxc_create_makes_boots_here(shared_host, lxc, busybox) -> None:
+    name = lxc.name("made")
+    lxc.run("lxc-create", "-n", name, "-t", "busybox")
+    done = shared_host.run("import", "lxc", name, "--lxcpath", lxc.directory, "--start")
+    # Its template shows the host's libraries to a busybox that needs none.
+    assert "it mounts '/usr/lib' at '/usr/lib' (--allow bind)" in done.err
+    assert "/dev/shm" not in done.err
+    assert inside(shared_host, name, "id -u; hostname").split() == ["0", name]
+    assert "mounts" not in shared_host.run("config", name).out
+    shared_host.run("stop", name, "--kill")
+
+
 def test_a_running_one_is_refused_until_it_is_stopped(shared_host, lxc, busybox) -> None:
     name = lxc.name("runs")
     root = lxc.define(name, ["lxc.net.0.type = empty", "lxc.signal.halt = SIGINT"])

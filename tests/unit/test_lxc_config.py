@@ -86,11 +86,17 @@ def test_nothing_of_the_host_is_given_without_leave() -> None:
     assert given_it["device.0.path"] == "/dev/fuse"
 
 
+def test_a_target_may_be_named_by_its_place_on_the_host() -> None:
+    text = "lxc.mount.entry = /srv /var/lib/lxc/web/rootfs/data none bind 0 0\n"
+    assert converted(text, "bind").changes["mount.0.target"] == "/data"
+
+
 def test_defaults_and_what_lxc_ships_are_no_news() -> None:
     text = (
         "# a comment\n\nlxc.include = /usr/share/lxc/config/common.conf\nlxc.arch = linux64\n"
         "lxc.tty.max = 4\nlxc.apparmor.profile = generated\nlxc.cap.drop = sys_time\n"
-        "lxc.mount.auto = proc:mixed\nlxc.net.0.type = empty\n"
+        "lxc.mount.auto = proc:mixed\nlxc.mount.entry = shm dev/shm tmpfs defaults,create=dir 0 0\n"
+        "lxc.net.0.type = empty\n"
     )
     assert notes(UNPRIVILEGED + text) == []
 
