@@ -69,6 +69,8 @@ class LxcConfig:
         self.name = name_from(self.host_name)
         self.uuid = ""
         self.snapshots: tuple[ForeignSnapshot, ...] = ()
+        # Those that lxc-snapshot made lie beside the configuration, which does not name them.
+        self.has_snapshots = False
         self.rootfs = self._rootfs(doing)
         self.users, self.groups = self._id_ranges(doing)
         self.macs = frozenset(self._macs())
@@ -83,6 +85,8 @@ class LxcConfig:
         set_name(reading, "lxc.uts.name", self.host_name, self.name)
         if self.privileged:
             reading.changed("lxc.idmap", "it was privileged; here its root is nobody on the host")
+        if self.has_snapshots:
+            reading.dropped("snapshots", "snapshots stay behind")
         for key, value in self._lines:
             if key in _READERS:
                 _READERS[key](reading, key, value)

@@ -44,11 +44,16 @@ class LxcSource(Source):
         self._lxc_name = name
         self._directory = os.path.normpath(directory)
         self._config = _read_config(f"{self._directory}/{name}", name, doing)
+        self._config.has_snapshots = _has_entries(f"{self._directory}/{name}/snaps")
+        # Where LXC keeps its containers may be a link of the administrator's; below that none is followed.
+        below = self._config.rootfs.removeprefix(f"{self._directory}/")
+        moved = below != self._config.rootfs
+        self._rootfs = f"{os.path.realpath(self._directory)}/{below}" if moved else below
         self._refuse_running()
 
     def peek(self, jobs: JobRunner) -> Head:
         """Return what its configuration says."""
-        _check_directory(self._config.rootfs, self.doing)
+        _check_directory(self._rootfs, self.doing)
         # Nothing that it says is looked at twice.
         self.codec = "none"
         return Head(foreign=self._config)
@@ -59,7 +64,7 @@ class LxcSource(Source):
         users, groups = (_rows(ranges) for ranges in (self._config.users, self._config.groups))
         task.log("looking at the owners of its files")
         self._refuse_other_ids(users, groups, task)
-        root = Shifted(self._config.rootfs, users, groups)
+        root = Shifted(self._rootfs, users, groups)
         try:
             written = write_archive(
                 self._host.jobs_for_templates(), task, Content((), root), "none", fd, doing=self.doing
@@ -87,7 +92,7 @@ class LxcSource(Source):
 
     def _refuse_other_ids(self, users: Sequence["Row"], groups: Sequence["Row"], task: Task) -> None:
         """Raise Refused where a file has an owner that no id inside is: it would become nobody's."""
-        found = _first_other(self._config.rootfs, users, groups, task)
+        found = _first_other(self._rootfs, users, groups, task)
         if found is None:
             return
         owner, _, path = found.partition(" ")
@@ -136,6 +141,13 @@ def _read_config(home: str, name: str, doing: str) -> lxc.LxcConfig:
         return lxc.parse(data.decode("utf-8", "surrogateescape"), name, doing)
     except ConfigError as error:
         raise UsageError(error.message, error.hint) from error
+
+
+def _has_entries(directory: str) -> bool:
+    try:
+        return bool(os.listdir(directory))
+    except OSError:
+        return False
 
 
 def _check_directory(rootfs: str, doing: str) -> None:
