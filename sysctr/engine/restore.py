@@ -36,7 +36,7 @@ from sysctr.linux import fault
 from sysctr.storage.base import Driver
 from sysctr.template.layout import tar_arguments
 from sysctr.template.rootfs_check import check_rootfs
-from sysctr.template.unpack import Outcome, unpack
+from sysctr.template.unpack import RESERVE_BYTES, Outcome, unpack
 
 log = logging.getLogger(__name__)
 
@@ -249,6 +249,8 @@ class Restoring:
                     path, source.codec, lambda fd: source.feed(fd, task), doing=source.doing,
                     run_job=host.jobs_for(record).run_tool, task=task, volumes=volumes,
                     options=[*_OPTIONS, *tar_arguments({head.below: ""}, _NOT_UNPACKED)],
+                    # Nobody else is on a disk of its own, which may have less than that.
+                    reserve_bytes=RESERVE_BYTES if driver.size(record.volume) is None else 0,
                 )  # fmt: skip
             source.check_ended()
             found = check_rootfs(path, config.init)

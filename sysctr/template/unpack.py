@@ -18,7 +18,7 @@ from sysctr.template.jobs import StopReading, run_lines
 GIB = 1024**3
 CHUNK_BYTES = 1024 * 1024
 HEAD_BYTES = 512
-_RESERVE_BYTES = 256 * 1024**2
+RESERVE_BYTES = 256 * 1024**2
 _LEFT_OUT_SHOWN = 20
 _SHOWN = 200
 _LAST_ID = 65_535
@@ -153,16 +153,18 @@ def unpack(
     limits: Limits | None = None,
     options: Sequence[str] = (),
     volumes: Sequence[tuple[str, str]] = (),
+    reserve_bytes: int = RESERVE_BYTES,
 ) -> Outcome:
     """Unpack what `feed` writes into `directory`; device nodes are left out, and the task's log says which.
 
     `options` are further ones of tar, `volumes` (path inside, directory) are mounted in the tree meanwhile.
+    So much as `reserve_bytes` stays free for others.
     Raises NoSpace, and SysctrError for a damaged archive or one beyond `limits`; what was unpacked stays.
     """
     limits = limits or Limits()
     # Volumes may share a file system, whose space counts once.
     places = {os.stat(one).st_dev: one for one in (directory, *(path for _, path in volumes))}
-    space = sum(_free_bytes(one) for one in places.values())
+    space = sum(_free_bytes(one, reserve_bytes) for one in places.values())
     outcome = Outcome()
     status = run_lines(
         run_job,
@@ -219,10 +221,8 @@ def examine(
     return outcome
 
 
-def _free_bytes(directory: str) -> int:
+def _free_bytes(directory: str, reserve_bytes: int) -> int:
     status = os.statvfs(directory)
-    # What others need of a disk that many share; a volume with a limit of its own is its container's alone.
-    reserve_bytes = min(_RESERVE_BYTES, status.f_blocks * status.f_frsize // 64)
     return max(status.f_bavail * status.f_frsize - reserve_bytes, 1)
 
 

@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, registry, jobs, task, busybox, mon
     path = write(str(tmp_path / "a.tar"), [(member("./big"), bytes(8 * 1024**2))], busybox)
     with small_disk(registry.directory, 6144):
         # As if another writer took the space after it was looked at.
-        monkeypatch.setattr(unpack, "_free_bytes", lambda directory: unpack.GIB)
+        monkeypatch.setattr(unpack, "_free_bytes", lambda directory, reserve_bytes: unpack.GIB)
         with pytest.raises(NoSpace):
             import_archive(registry, path, "one", run_job=jobs.run_tool, task=task)
         assert nothing_left(registry)
