@@ -4,6 +4,7 @@
     packaging/test bench --rounds 10 --json /tmp/bench.json
     packaging/test bench --only start,exec
     packaging/test bench storage            what storage costs, against the size and against the host
+    packaging/test bench backup             backup and restore, against tar and its compressors
 
 Needs root and Debian's packages lxc and mmdebstrap. What it makes goes away with it.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.bench import storage
+from tests.bench import backups, storage
 from tests.bench.sides import Failed, Guest, Lxc, Sysctr, both, pss_mb, run
 from tests.bench.table import Results, Row
 
@@ -227,8 +228,9 @@ def measure(options: argparse.Namespace) -> Results:
 
 def main() -> int:
     """Measure and print."""
-    if sys.argv[1:2] == ["storage"]:
-        return storage.main(sys.argv[2:])
+    of_its_own = {"storage": storage.main, "backup": backups.main}
+    if sys.argv[1:2] and sys.argv[1] in of_its_own:
+        return of_its_own[sys.argv[1]](sys.argv[2:])
     options = parser().parse_args()
     if os.geteuid() != 0:
         print("bench: this is not root", file=sys.stderr)

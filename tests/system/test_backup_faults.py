@@ -1,4 +1,4 @@
-"""Kills at every step of a backup and of a restore: the container is there as it was or as it becomes, whole."""
+"""Kills at every step of a backup and of a restore: the container is as it was or as it becomes, whole."""
 
 import contextlib
 import os
