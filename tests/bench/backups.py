@@ -116,7 +116,7 @@ class Bench:
 
     def markdown(self) -> str:
         """Return the table, and the ratios that the aims are about."""
-        lines = ["| what | median [least – greatest] |", "|---|---|"]
+        lines = ["| what | median [least to greatest] |", "|---|---|"]
         for row, columns in self.samples.items():
             for column, values in columns.items():
                 lines.append(f"| {row}, {column} | {spread(values, '').strip()} |")
