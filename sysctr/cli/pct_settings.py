@@ -37,7 +37,6 @@ _MOUNT = (
     "keepattrs",
 )  # fmt: skip
 _NEW_VOLUME = re.compile(r"(?:([^:\s/]+):)?[0-9]+(?:\.[0-9]+)?", re.ASCII)
-_VOLUME = re.compile(r"([^:\s/]+):\S+")
 _SIZE = re.compile(r"\+?[0-9]+(\.[0-9]+)?[KMGT]?")
 # What of a table stays where a new value does not name it: a card's MAC, and which volume it is.
 _STAYS = {"net": ("name", "mac"), "mount": ("name", "pool"), "device": ()}
@@ -168,12 +167,9 @@ class Settings:
             self.notes.append(f"there is no pool {storage} here: the default one is used")
         return ""
 
-    def _place(self, index: str, typed: "Mapping[str, str]") -> None:
-        volume = typed.get("volume", "")
-        match = _VOLUME.fullmatch(volume)
-        new = _NEW_VOLUME.fullmatch(volume)
-        storage = self.typed.last("storage") if new and not new[1] else (match[1] if match else "")
-        if new and (pool := self.pool(storage)):
+    def _place(self, index: str, mount: "Mapping[str, str]") -> None:
+        new = _NEW_VOLUME.fullmatch(mount.get("volume", ""))
+        if new and (pool := self.pool(new[1] or self.typed.last("storage"))):
             self.changes[f"mount.{index}.pool"] = pool
 
     def storage_of_root(self) -> str:
@@ -301,8 +297,14 @@ def _replaced(settings: Settings, table: str, index: str, known: "Mapping[str, A
                     f"STORAGE:SIZE makes one, such as --mp{index} local:8,mp=/data; `sysctr mount list` has "
                     "those that were kept",
                 )
+            name = had.get("name", f"disk{index}")
+            if not volume.endswith(f"-{name}"):
+                settings.notes.append(f"mp{index} keeps the volume that it has, {name}, whatever {volume} is")
             if "size" not in settings.mounts[index]:
                 stays = (*stays, "size")
+        elif volume.startswith("/"):
+            # A path has neither a name nor a pool.
+            stays = ()
     return [
         f"{table}.{index}.{column}"
         for column in had

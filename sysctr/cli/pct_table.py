@@ -65,7 +65,7 @@ SUBCOMMANDS = {
     "destroy": Subcommand(
         "VMID", "sysctr destroy --yes", plan="pct_life.destroy", flags="force",
         idle={
-            "purge": "its backups stay, and there is nothing else of it",
+            "purge": "its backups stay; a job that names it is changed by `sysctr backup job edit`",
             "destroy-unreferenced-disks": "its volumes go with it, kept ones too",
         },
     ),

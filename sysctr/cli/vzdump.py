@@ -30,7 +30,7 @@ TAKES = Subcommand(
         **dict.fromkeys(
             ("mailto=", "mailnotification=", "notification-mode=", "notification-policy=",
              "notification-target="),
-            "sysctr sends no mail; the exit code and standard error say how it went",
+            "only jobs send mail (`sysctr backup job add --mail-to`); here the exit code says how it went",
         ),
         "stopwait=": "a container is waited for as `sysctr stop` does it",
         "lockwait=": "a backup waits for nothing but the task that holds its container",

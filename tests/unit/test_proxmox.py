@@ -31,7 +31,7 @@ CONFIG = {
     "name": "demo", "template": "debian-12",
     "limits": {"memory": "1G", "disk": "8G"},
     "net": {"0": {"name": "eth0", "ip": "10.0.3.9/24", "gateway": "10.0.3.1", "mac": "02:00:00:00:00:01"}},
-    "mount": {"0": {"target": "/data", "size": "4G", "read_only": True},
+    "mount": {"0": {"target": "/data", "size": "4G", "read_only": True, "pool": "local-lvm"},
               "1": {"target": "/srv", "source": "/srv", "idmap": "1000=1000"}},
     "device": {"0": {"path": "/dev/net/tun", "mode": "0600"}},
     "environment": {"A": "1"},
@@ -179,6 +179,9 @@ TABLE = [
      ["set 101 mount.0.target=/data mount.0.backup=false mount.0.size=4G --unset mount.0.read_only"]),
     ("pct set 101 -mp0 local:subvol-101-disk-1,mp=/else,backup=1,ro=1",
      ["set 101 mount.0.target=/else mount.0.backup=true mount.0.read_only=true"]),
+    ("pct set 101 -mp0 /srv/data,mp=/data",
+     ["set 101 mount.0.source=/srv/data mount.0.target=/data --unset mount.0.size --unset mount.0.read_only "
+      "--unset mount.0.pool"]),
     ("pct set 101 -mp2 local-lvm:8,mp=/new",
      ["set 101 mount.2.target=/new mount.2.backup=false mount.2.size=8G mount.2.pool=local-lvm"]),
     ("pct set 101 -mp1 /home,mp=/home",
@@ -432,6 +435,8 @@ def test_what_config_prints_can_be_set_again(ran, stub, capsys):
         "net.0.name=eth0 net.0.ip=10.0.3.9/24 net.0.gateway=10.0.3.1 net.0.mac=02:00:00:00:00:01"
     ]
     assert "note: " not in capsys.readouterr().err
+    assert main(["pct", "set", "101", "-mp0", "local:subvol-101-disk-1,mp=/data"]) == 0
+    assert "note: mp0 keeps the volume that it has, disk0" in capsys.readouterr().err
 
 
 def test_what_is_pending_has_both_values(stub, capsys):
