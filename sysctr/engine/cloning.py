@@ -126,7 +126,8 @@ class Cloning:
         host = self._host
         driver, name = volume
         is_root = name == source.volume
-        target = f"{record.id}{name.removeprefix(str(source.id))}"
+        # The root of a container that was restored in place has another name than its number.
+        target = record.volume if is_root else f"{record.id}{name.removeprefix(str(source.id))}"
         target_driver = host.pools.get(record.pool) if is_root or spec.get("pool") else driver
         size_bytes = record.config.limits.disk_bytes if is_root else driver.size(name)
         if size_bytes is not None and not target_driver.traits.enforces_size:

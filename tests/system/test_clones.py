@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,17 @@ def original(kept: Kept, *options: str) -> str:
         "mkdir /home/joe; chown 1000:1000 /home/joe; ln /root/data /root/linked; mkfifo /root/p",
     )
     return ref
+
+
+def test_a_container_that_was_restored_in_place_can_be_cloned(kept: Kept, tmp_path: Path) -> None:
+    host, ref, name = kept.host, kept.create(start=True), new_name("clone")
+    shell(host, ref, "echo data > /root/data")
+    host.run("backup", ref, "--dir", str(tmp_path))
+    (archive,) = tmp_path.glob("vzdump-lxc-*.tar.zst")
+    host.run("restore", str(archive), str(host.json("info", ref)["id"]), "--force")
+    host.run("clone", ref, name, "--start")
+    assert inside(host, name, "cat /root/data") == "data"
+    host.run("destroy", ref, name, "--yes", "--force")
 
 
 @pytest.mark.parametrize("options", [(), ("--full",)])
