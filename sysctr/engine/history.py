@@ -22,7 +22,7 @@ from sysctr.engine.rollback import Rollback
 from sysctr.engine.schedule import Scheduler
 from sysctr.engine.snapshots import Snapshots, check_name
 from sysctr.engine.tasks import Task
-from sysctr.errors import SysctrError, UsageError, WrongState
+from sysctr.errors import ConfigError, SysctrError, UsageError, WrongState
 from sysctr.storage.base import RootSpec, Tree
 from sysctr.template.base import check_name as check_template_name
 
@@ -139,7 +139,10 @@ class History:
         """Keep the state of a container; without a name it gets one of the time."""
         record = self._find(ref)
         chosen = check_name(name) if name else self._snapshots.free_name(record, "snap")
-        expires_s = parse_span(expires) if expires else None
+        try:
+            expires_s = parse_span(expires) if expires else None
+        except ConfigError as error:
+            raise UsageError(f"cannot let the snapshot {chosen} expire: {error.message}") from error
         if any(one.name == chosen for one in self._snapshots.all(record)):
             raise WrongState(
                 f"cannot snapshot {record.id}: there is a snapshot {chosen} already", "choose another name"

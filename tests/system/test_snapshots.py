@@ -85,7 +85,8 @@ def test_what_cannot_be_is_refused_with_the_reason(kept: Kept) -> None:
     refused(host, 3, "there is none of this name", "snapshot", "nobody")
     for name in ("../x", "a/b", "-a", "A", "tmp-1", "now", "x" * 64, "ü", "a b"):
         refused(host, 2, "", "snapshot", ref, *([] if name[0] != "-" else ["--"]), name)
-    refused(host, 2, "is not a time", "snapshot", ref, "x", "--expires", "soon")
+    words = "cannot let the snapshot x expire: 'soon' is not a time"
+    refused(host, 2, words, "snapshot", ref, "x", "--expires", "soon")
     refused(host, 3, "did you mean before", "rollback", ref, "befor", "--yes")
     refused(host, 2, "add --yes", "rollback", ref, "before")
     refused(host, 3, "cannot find snapshot", "delsnapshot", ref, "before", "nothing")
