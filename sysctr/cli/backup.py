@@ -130,8 +130,7 @@ def _to_stdout(arguments: "argparse.Namespace", client: "Client", selected: "lis
         for piece in client.stream(
             path("containers", selected[0].ref, "archive"), {"request": json.dumps(request)}, headers=headers
         ):
-            sys.stdout.buffer.write(piece)
-        sys.stdout.buffer.flush()
+            _write(piece)
     except errors.NoDaemon as error:
         if "sysctr-task" not in headers:
             raise
@@ -238,9 +237,24 @@ def _restore_all(arguments: "argparse.Namespace", client: "Client", body: "dict[
     return finish(client, started, arguments, restored)
 
 
+def _write(piece: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is buffered still would be tried again at exit, and fail there with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise errors.SysctrError(f"cannot write the archive: {(error.strerror or '').lower()}") from error
+
+
 def _pieces() -> "Iterator[bytes]":
-    while piece := os.read(0, _PIECE_BYTES):
-        yield piece
+    try:
+        while piece := os.read(0, _PIECE_BYTES):
+            yield piece
+    except OSError as error:
+        raise errors.UsageError(f"cannot read the archive: {(error.strerror or '').lower()}") from error
 
 
 def restored(one: Submitted) -> str:
