@@ -52,13 +52,15 @@ def test_an_image_of_lxc_gives_its_rootfs_alone(shared_host, tmp_path, busybox, 
     (source / "rootfs/rootfs/one").write_text("1")
     (source / "rootfs/rootfs/two").hardlink_to(source / "rootfs/rootfs/one")
     (source / "rootfs/rootfs/link").symlink_to("/rootfs/one")
+    (source / "rootfs/near").symlink_to("rootfs/one")
     (source / "rootfs").chmod(0o751)
     path = str(tmp_path / "image.tar.gz")
     subprocess.run(["tar", "-C", str(source), "-czf", path, *order], check=True)
     name = f"image-{next(_numbers)}"
     shared_host.run("restore", path, "--name", name, "--start")
-    script = "cat /rootfs/link; stat -c ' %a' /; stat -c %h /rootfs/two; ls -d /metadata.yaml /templates"
-    assert inside(shared_host, name, f"{script} 2>/dev/null || :").split() == ["1", "751", "2"]
+    script = "cat /rootfs/link; readlink /near; stat -c ' %a' /; stat -c %h /rootfs/two"
+    others = "ls -d /metadata.yaml /templates 2>/dev/null || :"
+    assert inside(shared_host, name, f"{script}; {others}").split() == ["1rootfs/one", "751", "2"]
     shared_host.run("stop", name, "--kill")
 
 
