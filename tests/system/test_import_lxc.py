@@ -133,16 +133,17 @@ def test_an_owner_that_is_nobody_inside_is_refused(shared_host, lxc, busybox) ->
     root = lxc.define(name, [])
     fill(root, busybox, first=foreign.FIRST_ID)
     os.chown(f"{root}/home/alice", foreign.FIRST_ID + 70_000, foreign.FIRST_ID)
-    done = refused(shared_host, 5, "home/", "import", "lxc", name, "--lxcpath", lxc.directory)
+    done = refused(shared_host, 5, "home/", "import", "lxc", "-q", name, "--lxcpath", lxc.directory)
     assert f"belongs to {foreign.FIRST_ID + 70_000}:{foreign.FIRST_ID} on this host" in done.err
     assert name not in shared_host.run("list").out
     os.chown(f"{root}/home/alice", foreign.FIRST_ID, 0)
-    refused(shared_host, 5, f"belongs to {foreign.FIRST_ID}:0", "import", "lxc", name, "-P", lxc.directory)
+    whose = f"belongs to {foreign.FIRST_ID}:0"
+    refused(shared_host, 5, whose, "import", "lxc", "-q", name, "-P", lxc.directory)
 
 
 def test_what_is_no_container_of_lxc_is_refused_with_the_reason(shared_host, lxc, busybox, tmp_path) -> None:
     def taken(status: int, words: str, name: str, *more: str) -> None:
-        refused(shared_host, status, words, "import", "lxc", name, "--lxcpath", lxc.directory, *more)
+        refused(shared_host, status, words, "import", "lxc", "-q", name, "--lxcpath", lxc.directory, *more)
 
     taken(3, "there is no", "gone")
     taken(2, "has no such name", "../../etc")

@@ -81,7 +81,7 @@ def test_what_has_no_files_says_what_to_do(shared_host, tree, tmp_path) -> None:
     }
     for case, (said, words, members) in cases.items():
         path = foreign.incus_export(str(tmp_path / f"{case}.tar"), foreign.yaml_of(said), {}, members)
-        refused(shared_host, 1 if case == "nothing" else 5, words, "restore", path)
+        refused(shared_host, 1 if case == "nothing" else 5, words, "restore", "-q", path)
     assert name not in shared_host.run("list").out
 
 
@@ -147,10 +147,10 @@ def test_a_hostile_index_is_an_error_in_words(shared_host, tree, tmp_path) -> No
     }  # fmt: skip
     for case, (index, words) in cases.items():
         path = foreign.incus_export(str(tmp_path / f"{case}.tar"), index, {"container": tree})
-        refused(shared_host, 1, words, "restore", path)
+        refused(shared_host, 1, words, "restore", "-q", path)
     path = str(tmp_path / "link.tar")
     with tarfile.open(path, "w") as archive:
         large.type, large.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(large)
         archive.add(tree, ROOT)
-    refused(shared_host, 1, "is no small file", "restore", path)
+    refused(shared_host, 1, "is no small file", "restore", "-q", path)

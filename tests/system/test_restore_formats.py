@@ -69,4 +69,4 @@ def test_a_rootfs_that_is_a_symlink_is_not_followed(shared_host, tmp_path) -> No
     (tmp_path / "metadata.yaml").write_text("{}")
     path = str(tmp_path / "a.tar")
     subprocess.run(["tar", "-C", str(tmp_path), "-cf", path, "metadata.yaml", "rootfs"], check=True)
-    refused(shared_host, 1, "no /sbin/init", "restore", path, "--name", f"link-{next(_numbers)}")
+    refused(shared_host, 1, "no /sbin/init", "restore", "-q", path, "--name", f"link-{next(_numbers)}")
