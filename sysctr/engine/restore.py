@@ -294,6 +294,8 @@ class Restoring:
         host = self._host
         before = host.store.load(plan.replaced.id)
         self._check_replaced(before, source.doing)
+        if before.uuid != plan.replaced.uuid:
+            raise WrongState(f"cannot {source.doing}: {before.title} is another container than a moment ago")
         number = before.id
         self._name_volumes_anew(before, plan.draft)
         record = dataclasses.replace(
