@@ -232,6 +232,20 @@ def test_who_replaces_a_container_gets_no_more_than_it_had(scene: Scene) -> None
     assert "device" not in Path(info["config_file"]).read_text()
 
 
+@pytest.mark.parametrize("kind", ["", "tmpfs = true\n"], ids=["volume", "tmpfs"])
+@pytest.mark.parametrize("target", ["/deep/data", "/deep"])
+def test_a_mount_point_that_is_a_link_leads_nowhere(scene: Scene, kind: str, target: str) -> None:
+    text = f'schema = 1\nname = "linked"\n[mount.0]\ntarget = "{target}"\n{kind}'
+    link = symlink("./deep", str(scene.canary) if target == "/deep" else str(scene.canary.parent))
+    done = scene.restore(archive(link, member(f".{target}/new", b"x"), head=[own(text)]))
+    assert len(scene.made()) == (done.status == 0)
+    for one in scene.made():
+        # Its init is none, and before that is tried all is mounted.
+        assert scene.host.run("start", str(one["id"]), check=False).status != 0
+    scene.destroy()
+    scene.unharmed()
+
+
 def test_an_archive_says_not_which_container_ends(scene: Scene) -> None:
     number = scene.host.json("info", scene.victim)["id"]
     data = archive(head=[own(id=number)])

@@ -47,7 +47,7 @@ class Subject:
         """Return the one word that all of a container says."""
         ref = ref or self.ref
         words = set(inside(self.host, ref, "cat /root/file /data/file /etc/file").split())
-        words.add(self.host.api("GET", f"/1/containers/{ref}")[1]["description"])
+        words.add(self.host.api("GET", f"/1/containers/{ref}")[1]["container"]["description"])
         assert len(words) == 1, f"{ref} is of two times: {words}"
         return words.pop()
 
