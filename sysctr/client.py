@@ -157,6 +157,16 @@ class Client:
             raise _error(status, content, where)
         return json.loads(content)
 
+    def answers_before(self, fd: int) -> bool:
+        """Wait until a descriptor can be read; True where the daemon has answered by then."""
+        import select
+
+        assert self._socket is not None
+        poller = select.poll()
+        for one in (fd, self._socket.fileno()):
+            poller.register(one, select.POLLIN)
+        return self._socket.fileno() in dict(poller.poll())
+
     def stream(
         self,
         where: str,

@@ -13,6 +13,7 @@ from aiohttp import web
 from sysctr.api.archive_fields import STREAMED_BACKUP, STREAMED_RESTORE
 from sysctr.api.fields import Object
 from sysctr.engine.archive_source import PEEKED_BYTES
+from sysctr.engine.tasks import Task
 from sysctr.errors import UsageError, from_dict
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ async def upload(api: "Api", request: web.BaseRequest, call: "Call") -> Any:
         sent = asyncio.ensure_future(_send(write_fd, bytes(head), pieces, whole))
         try:
             await asyncio.wait({planned, sent}, return_when=asyncio.FIRST_COMPLETED)
-            if not planned.done() or planned.exception() is None:
+            if planned.done() and planned.exception() is None:
+                await _until_ended(planned.result(), sent)
+            if sent.done():
                 await sent
         finally:
             sent.cancel()
@@ -78,6 +81,23 @@ async def upload(api: "Api", request: web.BaseRequest, call: "Call") -> Any:
         return await planned
     except web.RequestPayloadError as error:
         raise UsageError(f"cannot read the request: its body is broken: {error}") from None
+
+
+async def _until_ended(task: Task, sent: asyncio.Future[None]) -> None:
+    """Wait until all of a body was sent, or its task has ended and wants no more of it."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def wake() -> None:
+        loop.call_soon_threadsafe(ended.set)
+
+    task.on_end(wake)
+    waiting = asyncio.ensure_future(ended.wait())
+    try:
+        await asyncio.wait({sent, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+        task.forget(wake)
 
 
 async def _send(fd: int, head: bytes, pieces: AsyncIterator[bytes], whole: threading.Event) -> None:

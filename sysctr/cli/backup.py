@@ -203,7 +203,7 @@ def _restore(arguments: "argparse.Namespace", client: "Client") -> int:
 
         def start(_one: Selected) -> "dict[str, Any]":
             given = {key: value for key, value in body.items() if value not in (None, False, [], {})}
-            return client.upload(path("restore"), _pieces(), {"request": json.dumps(given)})
+            return client.upload(path("restore"), _pieces(client), {"request": json.dumps(given)})
 
     else:
         selected = [Selected(archive_ref(arguments.archive), arguments.archive)]
@@ -249,9 +249,10 @@ def _write(piece: bytes) -> None:
         raise errors.SysctrError(f"cannot write the archive: {(error.strerror or '').lower()}") from error
 
 
-def _pieces() -> "Iterator[bytes]":
+def _pieces(client: "Client") -> "Iterator[bytes]":
+    """Yield what standard input has, until the daemon wants no more of it."""
     try:
-        while piece := os.read(0, _PIECE_BYTES):
+        while not client.answers_before(0) and (piece := os.read(0, _PIECE_BYTES)):
             yield piece
     except OSError as error:
         raise errors.UsageError(f"cannot read the archive: {(error.strerror or '').lower()}") from error
