@@ -3,6 +3,7 @@
 What an archive holds may be strange, as long as it stays in its volume; what it costs is bounded.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -427,8 +428,15 @@ def test_a_body_that_is_broken_is_no_archive(scene: Scene, packed: dict[str, byt
 
 
 def test_who_is_refused_hears_it_without_sending_more(scene: Scene) -> None:
-    with Upload(scene, random.Random(2).randbytes(2 * MIB)) as upload:
+    noise = random.Random(2).randbytes(2 * MIB)
+    with Upload(scene, noise) as upload:
         assert b"it is no tar archive" in upload.answer()
+    command = scene.host.popen("restore", "-", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    with contextlib.suppress(BrokenPipeError):
+        command.stdin.write(noise)
+        command.stdin.flush()
+    assert b"it is no tar archive" in command.stderr.read()
+    assert command.wait(30) == 2
 
 
 def test_senders_that_stall_keep_nobody_waiting(scene: Scene, packed: dict[str, bytes]) -> None:
