@@ -133,6 +133,7 @@ def test_a_broken_answer_is_no_daemon_and_not_a_result(tmp_path, answer):
 
         def serve():
             connection, _ = listener.accept()
+            listener.close()  # as that of a daemon that is gone: a question that is asked again is refused
             with connection:
                 connection.recv(65536)
                 connection.sendall(answer)
