@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import facts, leaks, node
 from tests.node import Node, TemplateStore
@@ -33,6 +34,9 @@ hypothesis.settings.load_profile("sysctr")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*facts): facts of this machine, see tests/facts.py")
+    # How long an example takes is that of a busy machine here, and no property of the code.
+    settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("here")
     leaks.start_session()
     config.stash[_BEFORE] = leaks.picture()
 
