@@ -68,6 +68,15 @@ def umount2(path: str, flags: int = 0) -> None:
     check(_umount2(os.fsencode(path), flags), "umount2", path)
 
 
+def unescaped(field: bytes) -> str:
+    r"""Return a path of /proc/self/mountinfo: a space, tab, newline and backslash are written in octal.
+
+    >>> unescaped(rb"/srv/my\040data")
+    '/srv/my data'
+    """
+    return os.fsdecode(field.decode("unicode_escape").encode("latin-1"))
+
+
 def points_below(directory: str) -> "list[str]":
     """Return where something is mounted below a directory, as this process sees it; the deepest first.
 
@@ -76,8 +85,7 @@ def points_below(directory: str) -> "list[str]":
     found = []
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
-            # A space, a tab, a newline and a backslash are written in octal.
-            point = os.fsdecode(line.split()[4].decode("unicode_escape").encode("latin-1"))
+            point = unescaped(line.split()[4])
             if point.startswith(directory.rstrip("/") + "/"):
                 found.append(point)
     return sorted(found, key=len, reverse=True)
