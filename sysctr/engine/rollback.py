@@ -86,6 +86,7 @@ class Rollback:
         for note in notes:
             task.log(note)
         host.bus.publish("container", id=number, change="rollback", snapshot=name)
+        host.collect_soon()
         if live is not None:
             task.step("starting")
             self._lifecycle.start(task, number)

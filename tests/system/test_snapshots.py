@@ -33,6 +33,8 @@ def test_a_stopped_container_goes_back_to_any_snapshot_and_the_others_stay(kept:
     assert [one["description"] for one in shown] == ["number 1", "number 2", "number 3"]
     assert kept.host.json("info", ref)["snapshots"] == 3
     assert kept.leftovers() == []
+    # What was rolled back is deleted, and not only when something else is.
+    wait_until(lambda: os.listdir(f"{kept.directory}/.trash") == [])
 
 
 def test_a_rollback_restores_the_configuration_and_the_identity_stays(kept: Kept) -> None:
