@@ -340,7 +340,7 @@ ROUTES: tuple[Route, ...] = (
         "make a directory of this host a pool",
         (
             Field("name", NAME, "unique name: lower-case letters, digits, -", required=True),
-            Field("driver", Text(16), "overlay, btrfs or loop", required=True),
+            Field("driver", Text(16), "overlay, btrfs, loop or zfs", required=True),
             Field("path", PATH, "absolute path of the directory, which is made", required=True),
             Field("low_space", Nullable(Text(8)), "warn when less than this is free (10%)"),
             Field("force", Boolean(), "even if other files are in it"),

@@ -143,7 +143,8 @@ def _add_arguments(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("pool", metavar="NAME", help="name of the new pool: lower-case letters, digits, -")
     parser.add_argument(
         "--driver", metavar="D", required=True,
-        help="overlay (any directory), btrfs (a directory on btrfs) or loop (a disk image per container)",
+        help="overlay (any directory), btrfs (a directory on btrfs), loop (a disk image per container) "
+        "or zfs (where a dataset is mounted)",
     )  # fmt: skip
     directory = parser.add_argument(
         "--path", metavar="P", required=True, help="its directory, which is made and closed to all but root"
@@ -249,6 +250,7 @@ COMMANDS = {
         examples=(
             "sysctr pool add fast --driver btrfs --path /srv/fast",
             "sysctr pool add big --driver loop --path /mnt/big/sysctr --low-space 5%",
+            "sysctr pool add tank --driver zfs --path /tank/ct",
         ),
     ),
     "pool remove": Command(_remove_arguments, _remove, examples=("sysctr pool remove fast",)),

@@ -221,7 +221,7 @@ def _dismantle(doing: str, driver: Driver) -> str:
         for name in os.listdir(f"{path}/layers"):
             tree.Trash(f"{path}/.trash").throw(f"{path}/layers/{name}")
     driver.empty_trash()
-    ours = {"layers", "volumes", "uppers", ".trash"}
+    ours = {"layers", "volumes", "uppers", "held", ".trash"}
     for name in sorted(os.listdir(path)):
         if name in ours:
             try:

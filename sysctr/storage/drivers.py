@@ -7,11 +7,13 @@ from sysctr.storage.base import Driver
 from sysctr.storage.btrfs import BtrfsDriver
 from sysctr.storage.loop import LoopDriver
 from sysctr.storage.overlay import OverlayDriver
+from sysctr.storage.zfs import ZfsDriver
 
 DRIVERS: dict[str, Callable[[str, str], Driver]] = {
     "overlay": OverlayDriver,
     "btrfs": BtrfsDriver,
     "loop": LoopDriver,
+    "zfs": ZfsDriver,
 }
 
 

@@ -50,8 +50,9 @@ def run_tool(
     try:
         return process.run(argv, timeout_s=_WALK_TIMEOUT_S, accept=accept)
     except process.ProgramFailed as error:
-        # No program has an exit status for it.
-        if any(os.strerror(number) in error.message for number in (errno.ENOSPC, errno.EDQUOT)):
+        # No program has an exit status for it, and ZFS has words of its own.
+        words = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "out of space")
+        if any(each in error.message for each in words):
             raise explain(OSError(errno.ENOSPC, ""), doing, directory) from error
         hint = f"install the package {package}" if "is not installed" in error.message else ""
         raise SysctrError(f"cannot {doing}: {error.message}", hint) from error
