@@ -5,11 +5,13 @@ Not tmpfs, which has neither user attributes before Linux 6.6 nor idmapped mount
 
 import contextlib
 import os
+import secrets
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sysctr.linux.mount import MNT_DETACH, umount2
+from tests.wait import wait_until
 
 # The smallest that each mkfs makes, or nearly.
 MADE_BY = {
@@ -32,10 +34,14 @@ def small_disk(directory: str, size_kib: int, *options: str) -> Iterator[None]:
 def disk(
     directory: str, fstype: str, *options: str, size_bytes: int = 0, quotas: bool = False
 ) -> Iterator[None]:
-    """Mount a fresh ext4, xfs or btrfs over a directory; `options` are those of its mkfs.
+    """Mount a fresh ext4, xfs, btrfs or dataset over a directory; `options` are those of its mkfs.
 
     With `quotas` it keeps limits of projects.
     """
+    if fstype == "zfs":
+        with _zpool(directory, size_bytes):
+            yield
+        return
     argv, least_bytes = MADE_BY[fstype]
     features = ["-O", "quota,project"] if quotas and fstype == "ext4" else []
     how = "loop,noatime,prjquota" if quotas else "loop,noatime"
@@ -56,6 +62,24 @@ def _mounted(directory: str, argv: list[str], size_bytes: int, options: str) -> 
         yield
     finally:
         umount2(directory, MNT_DETACH)
+        os.unlink(image)
+
+
+@contextmanager
+def _zpool(directory: str, size_bytes: int) -> Iterator[None]:
+    image, name = f"{directory}.image", f"sctest-{secrets.token_hex(4)}"
+    with open(image, "wb") as sparse:
+        sparse.truncate(size_bytes)
+    # Compressed, zeros would take nothing. The file would have the host import it again at its next boot.
+    options = ["-O", "compression=off", "-o", "cachefile=none", "-m", directory]
+    subprocess.run(["zpool", "create", *options, name, image], check=True)
+    try:
+        os.chmod(directory, 0o700)
+        yield
+    finally:
+        # What was just unmounted can be busy for a moment.
+        destroy = ["zpool", "destroy", "-f", name]
+        wait_until(lambda: subprocess.run(destroy, capture_output=True, check=False).returncode == 0)
         os.unlink(image)
 
 

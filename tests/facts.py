@@ -47,6 +47,13 @@ def _loop() -> str:
     return "" if os.path.exists("/dev/loop-control") else "no loop devices"
 
 
+def _zfs() -> str:
+    with open("/proc/filesystems", encoding="ascii") as known:
+        if "zfs" not in known.read().split():
+            return "no ZFS in this kernel"
+    return _program("zpool", "zfsutils-linux")()
+
+
 @functools.cache
 def _prjquota() -> str:
     reason = _root() or _loop() or _program("mke2fs", "e2fsprogs")()
@@ -108,6 +115,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "xfs": _program("mkfs.xfs", "xfsprogs"),
     "loop": _loop,
     "prjquota": _prjquota,
+    "zfs": _zfs,
     "lxcfs": _lxcfs,
     "net": _net,
     "vm": _vm,

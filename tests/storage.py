@@ -47,6 +47,8 @@ KINDS = {
     "btrfs-limited": Kind("btrfs", "btrfs", 64 * MIB),
     "loop-xfs": Kind("loop", "xfs", 64 * MIB),
     "loop-ext4": Kind("loop", "ext4", 64 * MIB),
+    "zfs": Kind("zfs", "zfs"),
+    "zfs-limited": Kind("zfs", "zfs", 64 * MIB),
 }
 
 # Where there is no reflink, a snapshot of an image is refused.
@@ -56,12 +58,14 @@ LIMITED = tuple(name for name, kind in KINDS.items() if kind.size_bytes)
 
 def parameters(names: Iterable[str] = KINDS) -> list:
     """Return these of KINDS as parameters of a test, each skipped where its file system cannot be made."""
-    return [
-        pytest.param(name, marks=pytest.mark.needs(
-            "loop", KINDS[name].fstype, *(["prjquota"] if KINDS[name].quotas else [])
-        ))
-        for name in names
-    ]  # fmt: skip
+
+    def facts(name: str) -> tuple[str, ...]:
+        # A pool of ZFS takes a file as it is.
+        if KINDS[name].fstype == "zfs":
+            return ("zfs",)
+        return ("loop", KINDS[name].fstype, *(["prjquota"] if KINDS[name].quotas else []))
+
+    return [pytest.param(name, marks=pytest.mark.needs(*facts(name))) for name in names]
 
 
 _CALL = """
@@ -237,6 +241,41 @@ def pool(name: str, place: str, jobs: JobRunner, *options: str) -> Iterator[Pool
                         with contextlib.suppress(OSError):
                             images.thaw(f"{run}/{entry}")
                         umount2(f"{run}/{entry}", MNT_DETACH)
+
+
+def dataset(pool: Pool, name: str = "") -> str:
+    """Return the full name of a dataset of a pool of ZFS, without a name that of the pool's own."""
+    shown = ["zfs", "list", "-H", "-o", "name", pool.directory]
+    parent = subprocess.run(shown, capture_output=True, text=True, check=True).stdout.strip()
+    return f"{parent}/{name}" if name else parent
+
+
+def property_of(name: str, what: str) -> str:
+    """Return a property of a dataset, in bytes if it is a size."""
+    get = ["zfs", "get", "-H", "-p", "-o", "value", what, name]
+    return subprocess.run(get, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def datasets(pool: Pool, kind: str = "filesystem,snapshot") -> list[str]:
+    """Return the names of all datasets below that of a pool."""
+    parent = dataset(pool)
+    shown = ["zfs", "list", "-H", "-r", "-t", kind, "-o", "name", parent]
+    names = subprocess.run(shown, capture_output=True, text=True, check=True).stdout.split()
+    return [name.removeprefix(f"{parent}/") for name in names if name != parent]
+
+
+def stray_datasets(pool: Pool) -> list[str]:
+    """Return the datasets of a pool of ZFS that no file of it names and that do not go by themselves."""
+    noted = set()
+    for directory in ("layers", "volumes", "held"):
+        for path in Path(pool.directory, directory).rglob("*"):
+            if path.is_file() and path.suffix != ".json":
+                noted.update(path.read_text().split())
+    return [
+        name for name in datasets(pool)
+        if name not in noted
+        and not ("@" in name and property_of(dataset(pool, name), "defer_destroy") == "on")
+    ]  # fmt: skip
 
 
 def check_debian(node: Node, ref: str) -> None:

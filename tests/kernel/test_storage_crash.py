@@ -141,6 +141,8 @@ def garbage(pool: Pool) -> list[str]:
     found = os.listdir(f"{pool.directory}/.trash")
     for directory in (f"{pool.directory}/volumes", f"{pool.directory}/layers", pool.run):
         found += [f"{directory}/{name}" for name in os.listdir(directory) if name.startswith(".")]
+    if pool.kind.driver == "zfs":
+        found += storage.stray_datasets(pool)
     records = [path.read_text() for path in Path(pool.directory, "volumes").rglob("*.json")]
     known = " ".join(records)
     for path in Path(pool.directory, "uppers").glob("*"):

@@ -150,9 +150,11 @@ def test_what_cannot_be_a_pool_is_refused_and_nothing_is_left(shared_host: Node,
 
 def test_a_file_system_without_what_the_driver_needs_is_refused(shared_host: Node, disk: str) -> None:
     path = f"{disk}/new/pool"
-    words = ("pool", "add", "fast", "--driver", "btrfs", "--path", path)
-    refused(shared_host, 5, "cannot add pool fast: it is not on btrfs", *words)
-    assert os.listdir(disk) == []
+    missing = {"btrfs": "it is not on btrfs", "zfs": "no dataset of ZFS is mounted there"}
+    for driver, reason in missing.items():
+        words = ("pool", "add", "fast", "--driver", driver, "--path", path)
+        refused(shared_host, 5, f"cannot add pool fast: {reason}", *words)
+        assert os.listdir(disk) == []
     assert "fast" not in pools(shared_host)
     full = f"{disk}/full"
     os.mkdir(full, 0o755)
