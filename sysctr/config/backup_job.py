@@ -47,21 +47,30 @@ def check_notes(text: str) -> str:
     """
     values.parse_text(text)
     for name in _VARIABLE.findall(text):
-        if name not in VARIABLES:
-            known = ", ".join(f"{{{{{one}}}}}" for one in VARIABLES)
-            raise values.refuse(f"{{{{{name}}}}}", f"a variable of notes, which are {known}")
+        _check_variable(name)
     return text
 
 
+def _check_variable(name: str) -> str:
+    if name not in VARIABLES:
+        known = ", ".join(f"{{{{{one}}}}}" for one in VARIABLES)
+        raise values.refuse(f"{{{{{name}}}}}", f"a variable of notes, which are {known}")
+    return name
+
+
 def expand_notes(template: str, facts: Mapping[str, str]) -> str:
-    r"""Return the notes of one archive; `\n` in the template is a new line.
+    r"""Return the notes of one archive; `\n` in the template is a new line. ConfigError for other variables.
 
     >>> expand_notes(r"{{guestname}}\nby {{node}}", {"guestname": "web", "vmid": "101", "node": "a"})
     'web\nby a'
     """
     # In one pass: what a fact says is no template.
     both = re.compile(rf"{_VARIABLE.pattern}|\\([n\\])", re.DOTALL)
-    return both.sub(lambda found: _ESCAPES[found[2]] if found[2] else facts[found[1]], template)
+
+    def replace(found: re.Match[str]) -> str:
+        return _ESCAPES[found[2]] if found[2] else facts[_check_variable(found[1])]
+
+    return both.sub(replace, template)
 
 
 def _ref(text: str) -> str:

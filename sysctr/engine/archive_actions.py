@@ -18,7 +18,7 @@ from sysctr.engine.record import Record
 from sysctr.engine.restore import RestoreOptions, Restoring
 from sysctr.engine.tasks import Task
 from sysctr.engine.verify import verify
-from sysctr.errors import Busy, UsageError
+from sysctr.errors import Busy, ConfigError, UsageError
 
 
 class ArchiveActions:
@@ -38,6 +38,10 @@ class ArchiveActions:
         rate = spec.get("bwlimit_bytes")
         if rate is None:
             rate = settings.bwlimit_bytes
+        try:
+            notes = expand_notes(spec.get("notes") or "", _variables(record))
+        except ConfigError as error:
+            raise UsageError(f"cannot back up {record.id}: {error.message}") from error
         directory = spec.get("directory") or archives.own_directory(self._host.where, settings)
         if not directory.startswith("/") or "\0" in directory:
             raise UsageError(f"cannot back up to {directory!r}: it is no absolute path")
@@ -45,7 +49,7 @@ class ArchiveActions:
             directory=directory.rstrip("/") or "/",
             mode=spec.get("mode") or settings.mode,
             compress=spec.get("compress") or settings.compress,
-            notes=expand_notes(spec.get("notes") or "", _variables(record)),
+            notes=notes,
             protected=bool(spec.get("protected")),
             exclude=tuple(spec.get("exclude") or ()),
             bwlimit_bytes=rate or None,

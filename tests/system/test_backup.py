@@ -208,6 +208,7 @@ def test_an_archive_is_what_vzdump_writes(kept: Kept, tmp_path: Path) -> None:
     assert (tmp_path / "out/srv/data/file").read_text() == "in\n"
     assert not (tmp_path / "out/dev/.sysctr.json").exists()
     refused(kept.host, 5, "protected", "backup", "remove", archive)
+    refused(kept.host, 2, "is not a variable of notes", "backup", ref, "--notes", "{{who}}")
     kept.host.run("backup", "protect", "--off", archive)
 
 
