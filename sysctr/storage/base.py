@@ -22,7 +22,7 @@ class Traits:
     enforces_size: bool  # a size limit is kept by the file system
     grows_live: bool  # a volume with a limit can grow while it is in use
     shrinks: bool  # a limit can be lowered, not below what is used
-    native_stream: bool  # send and receive have a format of their own
+    native_stream: bool  # it is a Streams too
 
 
 @dataclass(frozen=True)
@@ -209,3 +209,17 @@ class Driver(Protocol):
 
     def compact(self, volume: str, worker: Worker) -> None:
         """Merge layers that nobody needs one by one; takes as long as it takes, volumes in use stay so."""
+
+
+class Streams(Protocol):
+    """What a driver with the trait `native_stream` offers besides: snapshots as streams of its own format."""
+
+    def send(self, volume: str, snapshot: str, out_fd: int, base: str = "") -> None:
+        """Write a snapshot to a descriptor, or what of it differs from the snapshot `base`."""
+
+    def receive(self, volume: str, name: str, in_fd: int, note: Mapping[str, Any]) -> None:
+        """Make a snapshot of a volume, under the name that it was sent under, of what `send` wrote.
+
+        The volume stays as it is: `rollback` gives it the content. With a base, that was received before. Of
+        trusted peers only. What fails, as for a stream that is cut, leaves nothing.
+        """

@@ -16,10 +16,11 @@ import os
 import struct
 import uuid
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sysctr.errors import Refused, SysctrError, UsageError
 from sysctr.linux import process
-from sysctr.storage import tree
+from sysctr.storage import btrfs_stream, tree
 from sysctr.storage.base import Base, Pause, RootSpec, Traits, Tree, Worker
 from sysctr.storage.recorded import RecordedDriver
 
@@ -45,7 +46,7 @@ class BtrfsDriver(RecordedDriver):
     disk = "rootfs"
     traits = Traits(
         shared_base=True, cheap_snapshots=True, cheap_clones=True, needs_freeze=False, enforces_size=True,
-        grows_live=True, shrinks=True, native_stream=False,
+        grows_live=True, shrinks=True, native_stream=True,
     )  # fmt: skip
 
     def __init__(self, pool: str, run_directory: str) -> None:
@@ -148,6 +149,31 @@ class BtrfsDriver(RecordedDriver):
         with self.records.explained(f"measure volume {volume}"):
             tree.sync_file_system(disk)
             return self._number(disk, "exclusive") or 0
+
+    def send(self, volume: str, snapshot: str, out_fd: int, base: str = "") -> None:
+        """Write a snapshot to a descriptor as btrfs-send(8) does, or what of it differs from `base`."""
+        doing = f"send snapshot {snapshot} of volume {volume}"
+        disk, _ = self._source(volume, snapshot, doing)
+        below = self._source(volume, base, doing)[0] if base else ""
+        btrfs_stream.send(disk, out_fd, doing, below)
+
+    def receive(self, volume: str, name: str, in_fd: int, note: Mapping[str, Any]) -> None:
+        """Make a snapshot of a volume of what `send` wrote, of a trusted peer; the volume stays as it is."""
+        doing = f"receive snapshot {name} of volume {volume}"
+        self.records.check_new_snapshot(volume, name)
+        kept = self._kept(volume, name)
+        with self.records.explained(doing), contextlib.ExitStack() as undo:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.dirname(kept), 0o700)
+            self._discard(kept)
+            undo.callback(self._discard, kept)
+            btrfs_stream.receive(os.path.dirname(kept), os.path.basename(kept), in_fd, doing)
+            self._point("receive.received")
+            with self.records.lock:
+                limit = {"limit_bytes": self.records.size(volume)}
+                self.records.write_snapshot(volume, self.records.new_snapshot(volume, name, note, limit))
+            undo.pop_all()
+        self._point("receive.recorded")
 
     def _make_disk(self, path: str, size_bytes: int | None) -> int | None:
         doing = f"make subvolume {path}"

@@ -41,14 +41,23 @@ def explain(error: OSError, doing: str, directory: str) -> SysctrError:
 
 
 def run_tool(
-    argv: list[str], doing: str, directory: str, package: str, accept: tuple[int, ...] = (0,)
+    argv: list[str],
+    doing: str,
+    directory: str,
+    package: str,
+    accept: tuple[int, ...] = (0,),
+    *,
+    stdout_fd: int | None = None,
+    pass_fds: tuple[int, ...] = (),
 ) -> process.Completed:
     """Run a program that works on the file system of `directory`, however long it takes.
 
     Raises NoSpace, or SysctrError with the program's last words.
     """
     try:
-        return process.run(argv, timeout_s=_WALK_TIMEOUT_S, accept=accept)
+        return process.run(
+            argv, timeout_s=_WALK_TIMEOUT_S, accept=accept, stdout_fd=stdout_fd, pass_fds=pass_fds
+        )
     except process.ProgramFailed as error:
         # No program has an exit status for it, and ZFS has words of its own.
         words = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "out of space")

@@ -147,3 +147,70 @@ def test_debian_boots_from_a_subvolume(make_node: Callable[..., Node], place: st
     shown = node.run("exec", "deb", "--", "sh", "-c", "head -c 2G /dev/zero > /large", check=False)
     assert shown.status != 0
     assert "quota exceeded" in shown.err.lower()
+
+
+@pytest.fixture
+def other(tmp_path, jobs: JobRunner) -> Iterator[Pool]:
+    """A second pool, on a file system of its own."""
+    with storage.pool("btrfs", f"{tmp_path}/other", jobs) as made:
+        yield made
+
+
+def sent(pool: Pool, path: str, *arguments: str) -> str:
+    with open(path, "wb") as file:
+        pool.driver.send(arguments[0], arguments[1], file.fileno(), *arguments[2:])
+    return path
+
+
+def received(pool: Pool, path: str, volume: str, name: str) -> None:
+    with open(path, "rb") as file:
+        pool.driver.receive(volume, name, file.fileno(), {"of": "a peer"})
+
+
+def test_snapshots_go_to_another_pool_as_streams_and_then_what_differs(pool, other, tmp_path) -> None:
+    assert pool.driver.traits.native_stream
+    pool.create("101")
+    pool.write("101", "big", "x" * 3_000_000)
+    with pool.opened("101") as directory:
+        os.chown(f"{directory}/big", 1000, 1001)
+        os.setxattr(f"{directory}/big", "user.note", b"kept")
+    pool.snapshot("101", "one")
+    pool.write("101", "small", "new")
+    pool.snapshot("101", "two")
+    first = sent(pool, f"{tmp_path}/first", "101", "one")
+    second = sent(pool, f"{tmp_path}/second", "101", "two", "one")
+    assert os.path.getsize(second) < 100_000 < 3_000_000 < os.path.getsize(first)
+    other.driver.create("205", None, other.worker)
+    received(other, first, "205", "one")
+    received(other, second, "205", "two")
+    assert [one.name for one in other.driver.snapshots("205")] == ["one", "two"]
+    assert other.driver.snapshots("205")[0].note == {"of": "a peer"}
+    assert other.read("205", "small") == ""
+    other.driver.rollback("205", "two")
+    assert other.read("205", "small") == "new"
+    with other.opened("205") as directory:
+        state = os.stat(f"{directory}/big")
+        assert (state.st_size, state.st_uid, state.st_gid) == (3_000_000, 1000, 1001)
+        assert os.getxattr(f"{directory}/big", "user.note") == b"kept"
+
+
+def test_a_stream_that_is_cut_or_of_something_else_leaves_nothing(pool, other, tmp_path) -> None:
+    pool.create("101")
+    pool.write("101", "big", "x" * 3_000_000)
+    pool.snapshot("101", "one")
+    whole = sent(pool, f"{tmp_path}/whole", "101", "one")
+    other.driver.create("205", None, other.worker)
+    before = subvolumes(other.directory)
+    with open(whole, "rb") as file:
+        data = file.read()
+    for damaged, name in ((data[:1_000_000], "one"), (b"", "one"), (b"nonsense", "one"), (data, "another")):
+        path = f"{tmp_path}/damaged"
+        with open(path, "wb") as file:
+            file.write(damaged)
+        with pytest.raises(SysctrError):
+            received(other, path, "205", name)
+        assert other.driver.snapshots("205") == []
+        assert subvolumes(other.directory) == before
+    received(other, whole, "205", "one")
+    with pytest.raises(SysctrError, match="already"):
+        received(other, whole, "205", "one")
