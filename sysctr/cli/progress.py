@@ -5,7 +5,7 @@ import sys
 import time
 
 from sysctr import errors
-from sysctr.cli.output import coloured, notice, print_error, print_json, size, terminal_width
+from sysctr.cli.output import coloured, duration, notice, print_error, print_json, size, terminal_width
 from sysctr.cli.table import cut, neutralise
 from sysctr.client import field, path
 
@@ -221,7 +221,7 @@ def bar_line(label: str, step: str, done: int, total: int, rate: float) -> str:
     """Return one line of progress.
 
     >>> bar_line("demo", "unpack", 50 * 1024**2, 100 * 1024**2, 10 * 1024**2)
-    'demo: unpack  [##########----------]  50%  50M of 100M  10M/s'
+    'demo: unpack  [##########----------]  50%  50M of 100M  10M/s  5s left'
     >>> bar_line("demo", "boot", 0, 0, 0.0)
     'demo: boot'
     """
@@ -238,6 +238,8 @@ def bar_line(label: str, step: str, done: int, total: int, rate: float) -> str:
         parts.append(size(done))
     if rate > 0:
         parts.append(f"{size(int(rate))}/s")
+    if rate > 0 and total > done:
+        parts.append(f"{duration(int((total - done) / rate))} left")
     return "  ".join(parts)
 
 
