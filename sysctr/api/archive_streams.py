@@ -14,7 +14,7 @@ from sysctr.api.archive_fields import STREAMED_BACKUP, STREAMED_RESTORE
 from sysctr.api.fields import Object
 from sysctr.engine.archive_source import PEEKED_BYTES
 from sysctr.engine.tasks import Task
-from sysctr.errors import UsageError, from_dict
+from sysctr.errors import SysctrError, UsageError, from_dict
 
 if TYPE_CHECKING:
     from sysctr.api.route import Call
@@ -55,6 +55,7 @@ async def upload(api: "Api", request: web.BaseRequest, call: "Call") -> Any:
     """Restore the archive that the body is; answers with the task when all of it was taken."""
     spec = _request(api, call, STREAMED_RESTORE)
     pieces = request.content.iter_any()
+    planned: asyncio.Future[Task] | None = None
     try:
         # No thread waits for a client: it gets one when there is so much that its head can be judged.
         head = bytearray()
@@ -80,6 +81,10 @@ async def upload(api: "Api", request: web.BaseRequest, call: "Call") -> Any:
             planned.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return await planned
     except web.RequestPayloadError as error:
+        if planned is not None:
+            # It has lost its sender and ends by itself. Whoever is answered must find nothing of it any more.
+            with contextlib.suppress(SysctrError):
+                await api.run_waiting((await planned).wait)
         raise UsageError(f"cannot read the request: its body is broken: {error}") from None
 
 

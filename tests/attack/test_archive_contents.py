@@ -420,10 +420,15 @@ def test_a_sender_that_stalls_keeps_no_task_from_being_cancelled(scene: Scene, p
 
 
 def test_a_body_that_is_broken_is_no_archive(scene: Scene, packed: dict[str, bytes]) -> None:
-    for sent in (b"", packed["none"][: 2 * MIB]):
+    def begun() -> int:
+        return len(scene.host.api("GET", "/1/tasks")[1]["tasks"])
+
+    # Of the second there is enough for a task, which begins some time after that.
+    for sent, tasks in ((b"", 0), (packed["none"][: 2 * MIB], 1)):
+        before = begun()
         with Upload(scene, sent) as upload:
             upload.sock.sendall(b"no number\r\n")
-        wait_until(lambda: not running(scene), 20, "no task runs")
+        wait_until(lambda n=before + tasks: begun() == n and not running(scene), 20, "its task has ended")
         scene.unharmed()
 
 
