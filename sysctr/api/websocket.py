@@ -67,7 +67,7 @@ async def exec_in(api: "Api", request: web.BaseRequest, call: "Call") -> web.Str
         wanted = EXEC_REQUEST.check(api.decode(message.data.encode("utf-8", "surrogatepass")))
         ticket = await api.run(api.engine.exec_ticket, call.ref, wanted)
         with Waker(api) as stop:
-            await _Session(request, response, *await api.run(_redeem, ticket)).run(stop)
+            await _Session(request, response, *await _redeemed(api, ticket)).run(stop)
     await _close(response, told)
     return response
 
@@ -77,7 +77,7 @@ async def console(api: "Api", request: web.BaseRequest, call: "Call") -> web.Str
     ticket = await api.run(api.engine.console_ticket, call.ref)
     response = await _upgrade(request)
     with _told(response) as told, Waker(api) as stop:
-        await _Session(request, response, *await api.run(_redeem, ticket)).run(stop)
+        await _Session(request, response, *await _redeemed(api, ticket)).run(stop)
     await _close(response, told)
     return response
 
@@ -117,6 +117,23 @@ async def _close(response: web.WebSocketResponse, told: _told) -> None:
         if told.error is not None:
             await response.send_str(json.dumps({"error": told.error.as_dict()}))
         await response.close(message=b"error" if told.error else b"ended")
+
+
+async def _redeemed(api: "Api", ticket: dict[str, str]) -> tuple[socket.socket, list[str], list[int]]:
+    """Redeem a ticket in a thread; for a client who goes meanwhile, what it gave is let go of."""
+    redeeming = asyncio.ensure_future(api.run(_redeem, ticket))
+    try:
+        return await asyncio.shield(redeeming)
+    except asyncio.CancelledError:
+        redeeming.add_done_callback(_let_go)
+        raise
+
+
+def _let_go(redeeming: "asyncio.Future[tuple[socket.socket, list[str], list[int]]]") -> None:
+    if not redeeming.cancelled() and redeeming.exception() is None:
+        connection, _, fds = redeeming.result()
+        wire.close_all(fds)
+        connection.close()
 
 
 def _redeem(ticket: dict[str, str]) -> tuple[socket.socket, list[str], list[int]]:
@@ -192,9 +209,12 @@ class _Session:
             tasks = [*pumps, control, inward, stopping]
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            wire.close_all([*self._fds])
-            self._connection.close()
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:
+                # Also where this is cancelled a second time: the client goes, and then the daemon is stopped.
+                wire.close_all([*self._fds])
+                self._connection.close()
 
     async def _finish(self, pumps: list[asyncio.Task]) -> None:
         for task in pumps:
