@@ -17,7 +17,7 @@ from sysctr.storage.drivers import open_driver
 from tests.node import Node, TemplateStore
 from tests.storage import check_debian, shown
 from tests.system.guests import inside, refused, shell
-from tests.system.pools import KINDS, Kept, host_keeping
+from tests.system.pools import Kept
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("userns", "idmap", "overlay", "veth", "busybox", "loop")]
@@ -30,17 +30,6 @@ _ACL = bytes.fromhex(
 )
 # cap_net_raw=ep
 _CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def kept(
-    request: pytest.FixtureRequest, templates: TemplateStore, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Kept]:
-    """A host for the tests of this module, once for each storage driver."""
-    directory = tmp_path_factory.mktemp(request.param)
-    keep = request.config.getoption("keep")
-    with host_keeping(request.param, templates, directory, keep=keep) as one:
-        yield one
 
 
 @pytest.fixture(autouse=True)
