@@ -1,20 +1,22 @@
 """The rules by which two hosts hand a container over: who may start it, and what each side does next.
 
 Pure: what is on disk and what was said goes in, what to do comes out. The model in
-tests/unit/test_handover_model.py drives these very functions through every order of messages, losses and crashes.
+tests/unit/test_handover_model.py drives these very functions through every order of messages, losses and
+crashes.
 
-The source coordinates a two-phase commit. Its commit point is one write: `away` in the container's record, and for
-a copy, which leaves the source's container alone, the phase `committed` of its journal. A source that knows
-nothing of a migration has aborted it (presumed abort), so it forgets one only after the target has answered.
+The source coordinates a two-phase commit. Its commit point is one write: `away` in the container's record,
+and for a copy, which leaves the source's container alone, the phase `committed` of its journal. A source that
+knows nothing of a migration has aborted it (presumed abort), so it forgets one only after the target has
+answered.
 
 What the callers owe these rules:
 
 - A phase is on disk before anything that follows from it: before an answer, a start, a removal.
-- `stopped` is written before the container is asked to end, with `ran` = whether it ran; `ran` is cleared once it
-  runs again, so that a later recovery does not start what somebody has stopped since.
+- `stopped` is written before the container is asked to end, with `ran` = whether it ran; `ran` is cleared
+  once it runs again, so that a later recovery does not start what somebody has stopped since.
 - `may_commit`, the write of `away` and `outcome` exclude each other: no target may hear "aborted" in between.
-- The target writes `aborted` before it removes the first file of a copy, and drops the journal last: half a copy
-  must not look like a prepared one.
+- The target writes `aborted` before it removes the first file of a copy, and drops the journal last: half a
+  copy must not look like a prepared one.
 - An answer counts only on the connection, and for the request, that it was given to.
 """
 
@@ -49,13 +51,15 @@ class Target(StrEnum):
 class Action(StrEnum):
     """What one side has to do next.
 
-    Source: `undo` writes `aborted`, takes `away` back, starts the container again where Recovery says so, tells
-    the target `abort` until it answers. `deliver` says `commit` until it is answered. `finish` writes `delivered`,
-    says `forget` until it is answered, destroys the container or keeps it away, `forget` then drops the journal.
+    Source: `undo` writes `aborted`, takes `away` back, starts the container again where Recovery says so,
+    tells the target `abort` until it answers. `deliver` says `commit` until it is answered. `finish` writes
+    `delivered`, says `forget` until it is answered, destroys the container or keeps it away, `forget` then
+    drops the journal.
 
-    Target: `wait` keeps the copy, and asks the source for the outcome now and then. `discard` writes `aborted`,
-    removes the copy and the reservation, drops the journal. `create` writes `committed`, then does what `finish`
-    does: it creates the container if there is none yet, and starts it if that is wanted and may be.
+    Target: `wait` keeps the copy, and asks the source for the outcome now and then. `discard` writes
+    `aborted`, removes the copy and the reservation, drops the journal. `create` writes `committed`, then does
+    what `finish` does: it creates the container if there is none yet, and starts it if that is wanted and may
+    be.
 
     Both: `conflict` is reported and leaves everything as it is, until the admin decides.
     """
@@ -73,7 +77,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a source's daemon does about a migration that it finds, and whether `undo` starts the container."""
+    """What a source does about a migration that it finds, and whether `undo` starts the container."""
 
     action: Action
     start: bool = False
@@ -81,7 +85,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a target makes of a message: its new phase, and its answer, which without `allowed` is a refusal."""
+    """What a target makes of a message: its new phase, and its answer; not `allowed` is a refusal."""
 
     allowed: bool
     phase: Target | None
@@ -92,8 +96,8 @@ class Verdict:
 class Decision:
     """What an admin's decision makes of one side, or why it cannot be.
 
-    The journal is written first (with `decided`), then the record's `away`, except where the phase is None: there
-    the journal is dropped last.
+    The journal is written first (with `decided`), then the record's `away`, except where the phase is None:
+    there the journal is dropped last.
     """
 
     refused: str = ""
@@ -105,8 +109,8 @@ class Decision:
 def may_start_source(away: bool, phase: str | None) -> bool:
     """Tell whether the source may start the container; `away` is the record's, of whatever migration.
 
-    `stopped` is refused because the task that wrote it may be about to commit: whoever wants the container back
-    undoes first, which writes `aborted`. For a copy nobody asks.
+    `stopped` is refused because the task that wrote it may be about to commit: whoever wants the container
+    back undoes first, which writes `aborted`. For a copy nobody asks.
     """
     return not away and phase in (None, Source.SENDING, Source.ABORTED)
 
@@ -115,14 +119,14 @@ def may_start_target(phase: str | None, confirmed: bool = True) -> bool:
     """Tell whether the target may start what it has got.
 
     `confirmed`: since this daemon began the source has said commit, or that its outcome is committed; or the
-    admin has decided `here`. Without that the admin of the source may have taken the container back while this
-    host was down, believed to be lost.
+    admin has decided `here`. Without that the admin of the source may have taken the container back while
+    this host was down, believed to be lost.
     """
     return phase is None or (phase == Target.COMMITTED and confirmed)
 
 
 def may_destroy_source(away: bool, phase: str | None) -> bool:
-    """Tell whether a user may destroy or change the source's container: it may still be the only complete one."""
+    """Tell whether a user may destroy or change the source's container, maybe the only complete one."""
     return phase is None or (phase == Source.ABORTED and not away)
 
 
@@ -140,7 +144,8 @@ def may_commit(
 
 _SOURCE_STEPS: dict[str | None, tuple[str | None, ...]] = {
     None: (Source.SENDING,),
-    # Never back from `stopped`: a message of before would prepare what has changed since. That takes a new id.
+    # Never back from `stopped`: a message of before would prepare what has changed since. That takes a new
+    # id.
     Source.SENDING: (Source.STOPPED, Source.ABORTED, Source.COMMITTED),
     Source.STOPPED: (Source.COMMITTED, Source.ABORTED, Source.DELIVERED),
     Source.COMMITTED: (Source.DELIVERED, Source.ABORTED),
@@ -150,7 +155,7 @@ _SOURCE_STEPS: dict[str | None, tuple[str | None, ...]] = {
 
 
 def is_source_step(before: str | None, after: str | None) -> bool:
-    """Tell whether a source's journal may go from one phase to another; to write the same again is no step."""
+    """Tell whether a source's journal may go from one phase to another, or stay."""
     return before == after or after in _SOURCE_STEPS[before]
 
 
@@ -189,7 +194,7 @@ def recover_source(
 
 
 def source_on_answer(phase: str | None, away_here: bool, message: Message, answer: str) -> Action:
-    """Return what a source does when `commit`, `abort` or `forget` was answered (refusals are answers, too)."""
+    """Return what a source does when `commit`, `abort` or `forget` was answered or refused."""
     committed = phase == Source.COMMITTED or (phase == Source.STOPPED and away_here)
     if message == "commit" and committed:
         return Action.FINISH if answer == "created" else Action.CONFLICT
@@ -228,6 +233,21 @@ def target_on_outcome(phase: str | None, told: Outcome) -> Action:
     return Action.CREATE if phase == Target.PREPARED else Action.CONFLICT
 
 
+_TARGET_MOVES: dict[tuple[Target, Message], tuple[Target | None, str]] = {
+    (Target.RECEIVING, "begin"): (Target.RECEIVING, "receiving"),
+    (Target.RECEIVING, "sync"): (Target.RECEIVING, "receiving"),
+    (Target.RECEIVING, "abort"): (Target.ABORTED, "aborted"),
+    # Who lost the answer asks again, on a new connection.
+    (Target.PREPARED, "begin"): (Target.PREPARED, "prepared"),
+    (Target.PREPARED, "prepare"): (Target.PREPARED, "prepared"),
+    (Target.PREPARED, "commit"): (Target.COMMITTED, "created"),
+    (Target.PREPARED, "abort"): (Target.ABORTED, "aborted"),
+    (Target.COMMITTED, "commit"): (Target.COMMITTED, "created"),
+    (Target.COMMITTED, "forget"): (None, "forgotten"),
+    (Target.ABORTED, "abort"): (Target.ABORTED, "aborted"),
+}
+
+
 def target_accepts(phase: str | None, message: Message, *, complete: bool = False) -> Verdict:
     """Return what a target makes of a message about one migration, in any phase, repeated or not.
 
@@ -245,21 +265,8 @@ def target_accepts(phase: str | None, message: Message, *, complete: bool = Fals
         }.get(message, Verdict(False, None, "unknown"))
     if message == "prepare" and at == Target.RECEIVING and complete:
         return Verdict(True, Target.PREPARED, "prepared")
-    moves = {
-        (Target.RECEIVING, "begin"): (Target.RECEIVING, "receiving"),
-        (Target.RECEIVING, "sync"): (Target.RECEIVING, "receiving"),
-        (Target.RECEIVING, "abort"): (Target.ABORTED, "aborted"),
-        # Who lost the answer asks again, on a new connection.
-        (Target.PREPARED, "begin"): (Target.PREPARED, "prepared"),
-        (Target.PREPARED, "prepare"): (Target.PREPARED, "prepared"),
-        (Target.PREPARED, "commit"): (Target.COMMITTED, "created"),
-        (Target.PREPARED, "abort"): (Target.ABORTED, "aborted"),
-        (Target.COMMITTED, "commit"): (Target.COMMITTED, "created"),
-        (Target.COMMITTED, "forget"): (None, "forgotten"),
-        (Target.ABORTED, "abort"): (Target.ABORTED, "aborted"),
-    }
-    if (at, message) in moves:
-        return Verdict(True, *moves[at, message])
+    if (at, message) in _TARGET_MOVES:
+        return Verdict(True, *_TARGET_MOVES[at, message])
     return Verdict(False, at, at.value)
 
 
@@ -292,8 +299,8 @@ def resolve_source(
 def resolve_target(phase: str | None, runs_now: bool, side: Side) -> Decision:
     """Return what an admin's decision makes of the target.
 
-    `here` states that the source never starts the container again. With `there` a copy is discarded; a container
-    that was created already is kept, away to the source, for nobody but its admin to destroy.
+    `here` states that the source never starts the container again. With `there` a copy is discarded; a
+    container that was created already is kept, away to the source, for nobody but its admin to destroy.
     """
     if phase is None:
         return Decision("it is not being migrated")
