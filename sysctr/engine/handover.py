@@ -96,13 +96,14 @@ class Verdict:
 class Decision:
     """What an admin's decision makes of one side, or why it cannot be.
 
-    The journal is written first (with `decided`), then the record's `away`, except where the phase is None:
-    there the journal is dropped last.
+    The journal is written first (with `decided`, and `keeps`: the source's container is not destroyed when the
+    target has it), then the record's `away`, except where the phase is None: there the journal is dropped last.
     """
 
     refused: str = ""
     phase: Source | Target | None = None
     away: bool = False
+    keeps: bool = False
     raises_generation: bool = False
 
 
@@ -218,16 +219,17 @@ def recover_target(phase: str | None) -> Action:
 def target_on_outcome(phase: str | None, told: Outcome) -> Action:
     """Return what a target does when the source has told its outcome.
 
-    A target that committed hears "aborted" only where an admin decided otherwise over there.
+    A target that committed hears "aborted" only where an admin decided otherwise over there; "pending" then is
+    an answer of before.
     """
     if phase is None:
         return Action.NOTHING
     if phase == Target.ABORTED:
         return Action.DISCARD
-    if phase == Target.COMMITTED:
-        return Action.FINISH if told == "committed" else Action.CONFLICT
     if told == "pending":
         return Action.WAIT
+    if phase == Target.COMMITTED:
+        return Action.FINISH if told == "committed" else Action.CONFLICT
     if told == "aborted":
         return Action.DISCARD
     return Action.CREATE if phase == Target.PREPARED else Action.CONFLICT
@@ -248,15 +250,20 @@ _TARGET_MOVES: dict[tuple[Target, Message], tuple[Target | None, str]] = {
 }
 
 
-def target_accepts(phase: str | None, message: Message, *, complete: bool = False) -> Verdict:
+def target_accepts(
+    phase: str | None, message: Message, *, complete: bool = False, created: bool = False
+) -> Verdict:
     """Return what a target makes of a message about one migration, in any phase, repeated or not.
 
-    `complete`: the last pass that was begun with this daemon has ended well, and no pass goes on.
+    `complete`: the last pass that was begun with this daemon has ended well, and no pass goes on. `created`: a
+    container's record says that it came with this migration; a late `begin` must not begin it again.
 
     >>> target_accepts("prepared", "commit").answer, target_accepts("receiving", "commit").allowed
     ('created', False)
     """
     at = None if phase is None else Target(phase)
+    if at is None and created and message == "begin":
+        return Verdict(False, None, "created")
     if at is None:
         return {
             "begin": Verdict(True, Target.RECEIVING, "receiving"),
@@ -271,11 +278,13 @@ def target_accepts(phase: str | None, message: Message, *, complete: bool = Fals
 
 
 def resolve_source(
-    phase: str | None, away_here: bool, runs_now: bool, side: Side, *, copy: bool = False
+    phase: str | None, away_here: bool, runs_now: bool, side: Side, *, claimed: bool = False, copy: bool = False
 ) -> Decision:
     """Return what an admin's decision makes of the source.
 
-    `here` states that the other side never starts its copy: it is lost, or was resolved with `there`.
+    `here` states that the other side never starts its copy: it is lost, or was resolved with `there`. `claimed`:
+    the target has answered `abort` with "committed". Only then can this side still give its container up, which
+    is kept, as it may have run since.
     """
     if side == "here":
         if phase == Source.DELIVERED:
@@ -285,15 +294,15 @@ def resolve_source(
         # Decided before, or never to be told: nobody over there is waited for any longer.
         over = phase is None or (phase == Source.ABORTED and not away_here)
         return Decision(phase=None if over else Source.ABORTED, raises_generation=True)
-    if phase is None:
-        return Decision("" if away_here else "it is not being migrated", away=away_here)
-    if phase == Source.DELIVERED:
-        return Decision(phase=Source.DELIVERED, away=not copy)
-    if phase == Source.SENDING:
-        return Decision("the other side has no complete copy yet")
+    if phase is None and not away_here:
+        return Decision("it is not being migrated")
+    if phase is None or phase in (Source.COMMITTED, Source.DELIVERED) or (away_here and phase != Source.ABORTED):
+        return Decision(phase=None if phase is None else Source(phase), away=away_here)
+    if phase != Source.ABORTED or not claimed:
+        return Decision("the other side has not said that it has it")
     if runs_now and not copy:
         return Decision("it runs here")
-    return Decision(phase=Source.COMMITTED, away=not copy)
+    return Decision(phase=Source.COMMITTED, away=not copy, keeps=True)
 
 
 def resolve_target(phase: str | None, runs_now: bool, side: Side) -> Decision:
