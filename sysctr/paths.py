@@ -38,6 +38,9 @@ class Layout:
         self.pool = f"{self.lib}/storage/default"
         self.backups = f"{self.lib}/backups"
         self.backup_runs = f"{self.lib}/backup-runs"
+        self.peer = f"{self.lib}/peer"
+        self.peers = f"{self.lib}/peers"
+        self.migrations = f"{self.lib}/migrations"
         self.state_lock = f"{self.lib}/lock"
 
         self.api_socket = f"{self.run}/api.sock"

@@ -12,6 +12,8 @@ _RESERVED_NAMES = frozenset({".", "..", "lo", "all", "default"})
 _MAC = re.compile(r"[0-9a-f]{2}(?:([:-])[0-9a-f]{2})(?:\1[0-9a-f]{2}){4}", re.IGNORECASE)
 _DOMAIN_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
+_ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(?::([0-9]{1,5}))?")
+
 
 def parse_ifname(text: str) -> str:
     """Return the text if it can name a network interface; `lo`, `all` and `default` mean something else.
@@ -110,3 +112,32 @@ def parse_domain(text: str) -> str:
     if len(domain) > 253 or any(_DOMAIN_LABEL.fullmatch(label) is None for label in domain.split(".", 254)):
         raise refuse(text, "a domain such as example.org")
     return domain
+
+
+def parse_endpoint(text: str) -> str:
+    """Return where a host is called: a name or an address, an IPv6 one in brackets, and mostly a port.
+
+    >>> parse_endpoint("[2001:db8::1]:8645"), parse_endpoint("ct.example.org")
+    ('[2001:db8::1]:8645', 'ct.example.org')
+    """
+    found = _ENDPOINT.fullmatch(text)
+    if found is None or not 0 < int(found[2] or 1) < 65536:
+        raise refuse(text, "an address such as 192.0.2.1:8645 or [2001:db8::1]:8645")
+    if found[1].startswith("["):
+        parse_ip(found[1][1:-1])
+    return text
+
+
+def parse_listen(text: str) -> str:
+    """Return where to listen: `off`, or an address of this host with its port.
+
+    >>> parse_listen("off"), parse_listen("[::]:8645")
+    ('off', '[::]:8645')
+    """
+    if text == "off":
+        return text
+    host, _, port = parse_endpoint(text).rpartition(":")
+    if not host or not port.isdigit():
+        raise refuse(text, "off, or an address with its port such as 10.0.0.1:8645")
+    parse_ip(host.removeprefix("[").removesuffix("]"))
+    return text

@@ -39,6 +39,14 @@ class Defaults(schema.Limits):
 
 
 @dataclass(frozen=True)
+class PeerSettings:
+    """Where other hosts reach this one; empty means everywhere, and all its addresses."""
+
+    listen: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LogSettings:
     """What the daemon writes to its log."""
 
@@ -53,6 +61,7 @@ class Host:
     ids: IdSettings
     defaults: Defaults
     backup: BackupSettings
+    peer: PeerSettings
     log: LogSettings
 
 
@@ -81,6 +90,8 @@ KEYS = (
     Key("defaults.pool", _POOL, "default", "live", "pool that a new container is kept in"),
     *_default_limits(),
     *backup.storing_keys("backup.", _BACKUP),
+    Key("peer.listen", kinds.LISTEN, "", "restart", "for hosts to migrate to; empty: [::]:8645, or off"),
+    Key("peer.addresses", kinds.ENDPOINTS, (), "live", "of this host, for others; empty: all it has"),
     Key("log.level", kinds.LEVEL, "info", "live", "least level that the daemon logs"),
 )
 
@@ -90,6 +101,7 @@ SECTIONS = (
     Section("ids", "ids", IdSettings),
     Section("defaults", "defaults", Defaults),
     Section("backup", "backup", BackupSettings),
+    Section("peer", "peer", PeerSettings),
     Section("log", "log", LogSettings),
 )
 

@@ -135,6 +135,14 @@ SUBNET = text_kind("SUBNET", "an IPv4 network such as 10.0.3.0/24", addresses.pa
 DOMAIN = text_kind("DOMAIN", "a domain", addresses.parse_domain)
 LEVEL = text_kind("LEVEL", f"one of {', '.join(LOG_LEVELS)}", _level, LOG_LEVELS, may_be_empty=False)
 
+ENDPOINT = text_kind(
+    "ADDRESS", "HOST:PORT, or [IPV6]:PORT", addresses.parse_endpoint, may_be_empty=False
+)
+ENDPOINTS = list_kind(ENDPOINT, "a list of addresses such as 192.0.2.1:8645", 16)
+LISTEN = text_kind(
+    "ADDRESS", "off, or an address with its port such as 10.0.0.1:8645", addresses.parse_listen, ("off",)
+)
+
 SCHEDULE = text_kind(
     "WHEN",
     "off, hourly, daily, weekly, or a time such as daily 03:00 or weekly sun 22:00",

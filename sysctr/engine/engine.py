@@ -24,6 +24,7 @@ from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.live import Live
 from sysctr.engine.naming import naming, title
+from sysctr.engine.peers import Peers
 from sysctr.engine.pools import HOME
 from sysctr.engine.proxmox import Proxmox
 from sysctr.engine.record import Record
@@ -57,6 +58,7 @@ class Engine:
             self._host, self.history.backups, self.history.restoring, self.archiving
         )
         self.backup_jobs = BackupJobs(self._host, self.archiving, self.archive.start)
+        self.peers = Peers(self._host)
         self._view = View(self._host)
         self._doors = Doors(self._host)
         self._changes = Changes(self._host)
@@ -93,9 +95,11 @@ class Engine:
         host.live.follow()
         self.history.open(to_start)
         self.backup_jobs.open()
+        self.peers.open()
 
     def close(self) -> None:
         """Let go; containers run on."""
+        self.peers.close()
         self.backup_jobs.close()
         self.history.close()
         self._host.close()
@@ -104,6 +108,7 @@ class Engine:
         """Read the host's settings again."""
         self._host.reload()
         self.backup_jobs.look()
+        self.peers.reload()
 
     # Looking
 

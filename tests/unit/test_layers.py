@@ -21,11 +21,12 @@ ALLOWED = {
     "cgroup": {"linux", "errors", "paths"},
     "network": {"linux", "config", "errors", "paths"},
     "storage": {"linux", "config", "errors", "paths"},
+    "peer": {"linux", "errors", "paths"},
     "template": {"storage", "linux", "config", "errors", "paths", "templates"},
     "engine": {
-        "config", "linux", "cgroup", "network", "storage", "template", "runtime.steps", "runtime.wire",
-        "runtime.accounts", "runtime.begin", "runtime.console", "runtime.steps_mounts", "launch", "errors",
-        "paths",
+        "config", "linux", "cgroup", "network", "storage", "template", "peer", "runtime.steps",
+        "runtime.wire", "runtime.accounts", "runtime.begin", "runtime.console", "runtime.steps_mounts",
+        "launch", "errors", "paths",
     },
     "api": {"engine", "config", "runtime.wire", "linux", "errors", "paths"},
     "launch": {"errors", "paths"},
@@ -40,6 +41,7 @@ THIRD_PARTY = {
     "config": {"tomli", "tomlkit", "yaml"},
     "linux": {"pyseccomp"},
     "network": {"pyroute2"},
+    "peer": {"cryptography"},
     "template": {"tomli"},
     "engine": {"pyseccomp", "cryptography"},
     "api": {"aiohttp", "cryptography"},
@@ -49,7 +51,8 @@ THIRD_PARTY = {
 # Part: modules that it may not import when it is itself imported, because they are slow or for few.
 ONLY_IN_FUNCTIONS = {
     "network": {"pyroute2"},
-    "engine": {"cryptography"},
+    "peer": {"cryptography", "ssl"},
+    "engine": {"cryptography", "ssl"},
     "cli": {"sysctr.config", "shtab"},
     "config": {"yaml"},
     "linux": {"pyseccomp"},

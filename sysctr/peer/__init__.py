@@ -1,0 +1,1 @@
+"""The connection between two hosts that trust each other: TLS, frames and messages, and no policy."""
