@@ -45,26 +45,32 @@ class JobRunner:
         environment: Mapping[str, str] | None = None,
         volumes: Sequence[tuple[str, str]] = (),
         views: Mapping[str, RootSpec | Shifted] | None = None,
+        root: RootSpec | None = None,
+        container: int | None = None,
+        more_fds: Sequence[int] = (),
         task: Task | None = None,
     ) -> int:
         """Run one of the host's programs on the tree `volume`, seen at /volume, and return its exit status.
 
         Further trees, `volumes` (path below it, directory), are mounted there, and `views` are seen
-        read-only at the paths that they name. Without a `volume` there is nothing at /volume.
+        read-only at the paths that they name. Without a `volume` there is nothing at /volume. `root` in its
+        place is a volume that its driver activated: refused while another job has its upper, or while the
+        `container` runs whose it is.
 
-        What it says on standard error goes to the task's log, unless `stderr_fd` takes it.
+        What it says on standard error goes to the task's log, unless `stderr_fd` takes it. `more_fds` are its
+        descriptors from 3 on.
         """
         if host_view:
             binds = [("/etc", "/etc"), *binds]
         program = {
             "argv": list(argv), "environment": {"HOME": "/root", "LANG": "C.UTF-8", **(environment or {})},
-            "cwd": "/volume" if volume else "/", "seccomp": self._seccomp.hex(), "clean": True,
+            "cwd": "/volume" if volume or root else "/", "seccomp": self._seccomp.hex(), "clean": True,
         }  # fmt: skip
         plan = tool_job_plan(
             idmap=self.idmap, stage=self._stage, volume=volume, program=program, binds=tuple(binds),
-            network=network, volumes=tuple(volumes), views=views,
+            network=network, volumes=tuple(volumes), views=views, root=root, container=container,
         )  # fmt: skip
-        return self._run(plan, stdin_fd, stdout_fd, task, stderr_fd)
+        return self._run(plan, stdin_fd, stdout_fd, task, stderr_fd, more_fds)
 
     def run_builtin_on(
         self, directory: str, program: dict, task: Task | None = None, source: RootSpec | None = None
@@ -92,6 +98,7 @@ class JobRunner:
         stdout_fd: int | None,
         task: Task | None,
         stderr_fd: int | None = None,
+        more_fds: Sequence[int] = (),
     ) -> int:
         null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         # A file, so that a program that says much never waits for a reader.
@@ -101,6 +108,7 @@ class JobRunner:
                 null_fd if stdin_fd is None else stdin_fd,
                 words_fd if stdout_fd is None else stdout_fd,
                 words_fd if stderr_fd is None else stderr_fd,
+                *more_fds,
             )
             bounded = {**plan, "cgroup": self._cgroup()}
             return self._supervisor.job(bounded, stdio, task.check if task else None)

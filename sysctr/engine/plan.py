@@ -8,7 +8,7 @@ from sysctr.engine.mount_plan import Place, mount_plan
 from sysctr.linux import mount
 from sysctr.runtime import steps
 from sysctr.runtime.accounts import DEFAULT_PATH
-from sysctr.runtime.steps_mounts import MountTree, Sources
+from sysctr.runtime.steps_mounts import MountTree, OverlayTree, Sources
 from sysctr.storage.base import RootSpec
 
 CONTAINER_TYPE = "lxc"  # images of images.linuxcontainers.org look for exactly this
@@ -150,16 +150,33 @@ def view_steps(root: RootSpec, target: str, prefix: str) -> list:
     if not root.lowers:
         read_only = mount.MOUNT_ATTR_RDONLY
         return [steps.Bind(prefix + root.trees[0].name, target, directory=True, attributes=read_only)]
-    names = {tree.name: prefix + tree.name for tree in root.trees}
-    lowers = list(root.lowers)
-    if root.upper:
-        # What was a writable layer is one more lower: a view mounts no upper, so any number may look.
-        lowers.insert(0, root.upper)
-    renamed = [names[first] + slash + rest for first, slash, rest in (low.partition("/") for low in lowers)]
+    # What was a writable layer is one more lower: a view mounts no upper, so any number may look.
+    lowers = [root.upper, *root.lowers] if root.upper else root.lowers
     return [
-        *[steps.Attach(name, name) for name in names.values()],
-        steps.OverlayView(renamed, target),
+        *[steps.Attach(prefix + tree.name, prefix + tree.name) for tree in root.trees],
+        steps.OverlayView([prefix + low for low in lowers], target),
     ]
+
+
+def writable_steps(root: RootSpec, target: str, prefix: str) -> list:
+    """Return the steps that mount a volume, to be written to, at a directory of a job's own root.
+
+    Whoever carries them out sees that nothing else has its upper mounted: the kernel only warns of that.
+    """
+    if not root.lowers:
+        return [steps.Bind(prefix + root.trees[0].name, target, directory=True)]
+    lowers = [prefix + low for low in root.lowers]
+    return [
+        *[steps.Attach(prefix + tree.name, prefix + tree.name) for tree in root.trees],
+        OverlayTree(f"{prefix}root", lowers, prefix + root.upper, prefix + root.work),
+        MountTree(f"{prefix}root", target),
+    ]
+
+
+def upper_of(root: RootSpec) -> str:
+    """Return the path of the directory that a volume's overlay writes to; "" for one that is no overlay."""
+    name, slash, rest = root.upper.partition("/")
+    return next((tree.path + slash + rest for tree in root.trees if root.upper and tree.name == name), "")
 
 
 def device_sources() -> "list[dict]":
@@ -271,8 +288,13 @@ def tool_job_plan(
     tmp_size: str = "256m",
     volumes: "tuple[tuple[str, str], ...]" = (),
     views: "Mapping[str, RootSpec | Shifted] | None" = None,
+    root: "RootSpec | None" = None,
+    container: "int | None" = None,
 ) -> dict:
     """Return the plan of a job that runs the host's tools on a directory, seen at /volume.
+
+    `root` is a volume in its place, to be written to. The supervisor sees by `upper` that no other job has
+    it, and by `container`, which may be one that does not exist yet, that whose it is does not run.
 
     `volumes` are further directories, mounted at paths below it, the outer ones first; those paths are made,
     so they must be of a tree that nobody else has written to. `views` are seen read-only at the paths that
@@ -292,6 +314,11 @@ def tool_job_plan(
     trees = [{"tree": name, "path": path} for name, _, path in places]
     shown = []
     foreign = []
+    guard: dict = {} if container is None else {"container": container}
+    if root is not None:
+        trees += root_trees(root, "root-")
+        shown += writable_steps(root, "/volume", "root-")
+        guard |= {"upper": upper_of(root)} if root.upper else {}
     for target, view in (views or {}).items():
         prefix = f"{target.strip('/').replace('/', '-')}-"
         if isinstance(view, Shifted):
@@ -320,7 +347,7 @@ def tool_job_plan(
     ]  # fmt: skip
     return {
         "uid_map": idmap.as_map(), "gid_map": idmap.as_map(), "stage": stage, "network": not network,
-        "trees": trees, "sources": sources, **({"binds": foreign} if foreign else {}),
+        "trees": trees, "sources": sources, **({"binds": foreign} if foreign else {}), **guard,
         "prepare": [steps.to_json(step) for step in prepare],
         "program": program,
     }  # fmt: skip

@@ -174,8 +174,8 @@ class SupervisorClient:
         """Return a one-time ticket for the ticket socket."""
         return self._ask({"op": "ticket", "request": request}, again=True)["ticket"]
 
-    def job(self, plan: dict, stdio: "tuple[int, int, int]", check: Callable[[], None] | None = None) -> int:
-        """Run a plan with the given stdin, stdout and stderr to its end and return its exit status.
+    def job(self, plan: dict, stdio: "tuple[int, ...]", check: Callable[[], None] | None = None) -> int:
+        """Run a plan with the given descriptors from 0 on to its end and return its exit status.
 
         `check` is called several times a second and may raise to end the job. Raises SysctrError when the
         program was never reached.

@@ -6,6 +6,7 @@ file, because the socket is close-on-exec.
 """
 
 import errno
+import fcntl
 import gc
 import os
 import resource
@@ -30,6 +31,8 @@ JOIN_NAMESPACES = (
 
 
 _OPEN_FILES = 1024
+# Above every descriptor that a program is given.
+_OUT_OF_THE_WAY = 64
 
 
 class StepFailed(Exception):
@@ -40,6 +43,9 @@ def run_plan(sync: socket.socket, plan: dict) -> None:
     """Carry out a plan in a freshly cloned child and execute its program; never returns."""
     try:
         _reset_process()
+        if "stdio" in plan:
+            # Its number may be one that the program is to get, and it has to live until the exec.
+            sync = socket.socket(fileno=_out_of_the_way(sync.fileno()))
         process.close_all_but([sync.fileno(), *plan.get("stdio", ()), *plan.get("helper", ())])
         _enter_cgroups(plan)
         program = plan["program"]
@@ -239,8 +245,13 @@ def _execute(every: list, numbers: range, context: steps.Context) -> None:
 
 
 def _set_stdio(fds: "list[int]") -> None:
-    for target, fd in enumerate(fds):
+    """Give the program these descriptors as 0, 1, 2 and, for a job, from 3 on."""
+    for target, fd in enumerate([_out_of_the_way(fd) for fd in fds]):
         os.dup2(fd, target, inheritable=True)
+
+
+def _out_of_the_way(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY)
 
 
 def _open_terminal(sync: socket.socket, size: dict) -> int:

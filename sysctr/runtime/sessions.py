@@ -45,6 +45,8 @@ class Session:
         self._handed_over = False
         # The stopped container whose upper this job has mounted.
         self.volume_of: int | None = None
+        # The one upper that it has, where it is not all of that container's.
+        self.upper = ""
         # Cgroups that were made for this job and go with it.
         self._groups: list[str] = []
 
@@ -60,6 +62,7 @@ class Session:
         session._hangup_signal = state["hangup"]
         session._handed_over = state["handed_over"]
         session.volume_of = state["volume_of"]
+        session.upper = state.get("upper", "")  # none from before there was such a thing
         session._groups = state["groups"]
         sync = socket.socket(fileno=state["sync"]) if state["sync"] >= 0 else None
         session._adopt((state["pid"], state["pidfd"], sync))
@@ -73,6 +76,7 @@ class Session:
             "terminal": self._terminal_fd, "failure": self._failure, "hangup": self._hangup_signal,
             "handed_over": self._handed_over, "volume_of": self.volume_of, "pid": self._child.pid,
             "pidfd": self._child.pidfd, "sync": self._child.sync_fd, "groups": self._groups,
+            "upper": self.upper,
         }  # fmt: skip
 
     @staticmethod
@@ -92,6 +96,7 @@ class Session:
     def run_plan(self, plan: dict, stdio: "list[int]", request: "dict | None" = None) -> None:
         """Run a job: a plan in new namespaces, with the given stdio or with pipes for the caller."""
         self.volume_of = plan.get("container")
+        self.upper = plan.get("upper", "")
         if not stdio:
             stdio = self._make_pipes(request or {})
         else:

@@ -152,8 +152,7 @@ class Supervisor:
             # From here on the conversation owns the connection.
             self.creations[container_id] = Creation(self, connection, container_id, message["plan"])
         elif operation == "job":
-            if "container" in message["plan"]:
-                self.refuse_second_mount(message["plan"]["container"], "work on the files of")
+            self._refuse_second_job(message["plan"])
             stdio, fds[:] = list(fds), []
             self._start_session(
                 connection, self._on_plan_message, lambda session: session.run_plan(message["plan"], stdio)
@@ -195,12 +194,26 @@ class Supervisor:
         else:
             raise UsageError(f"unknown operation {operation!r}", "daemon and supervisor differ in version")
 
-    def refuse_second_mount(self, container_id: int, verb: str) -> None:
-        """Raise if a container's upper is in use: the kernel only warns of a second overlay on it."""
+    def _refuse_second_job(self, plan: dict) -> None:
+        """Raise if what a job is to write to is in use; its plan tells the upper, the container or both."""
+        upper = plan.get("upper", "")
+        if upper and any(session.upper == upper for session in self._sessions):
+            raise Busy(f"cannot work on {upper}: another job does", "try again in a moment")
+        if "container" in plan:
+            self.refuse_second_mount(plan["container"], "work on the files of", upper)
+
+    def refuse_second_mount(self, container_id: int, verb: str, upper: str = "") -> None:
+        """Raise if a container's upper is in use: the kernel only warns of a second overlay on it.
+
+        Who wants but one of its uppers, and says which, may have it beside jobs that have another.
+        """
         container = self.containers.get(container_id)
         if (container and container.running) or container_id in self.creations:
             raise WrongState(f"cannot {verb} {container_id}: it is running")
-        if any(session.volume_of == container_id for session in self._sessions):
+        if any(
+            session.volume_of == container_id and not (upper and session.upper)
+            for session in self._sessions
+        ):  # fmt: skip
             raise Busy(
                 f"cannot {verb} {container_id}: its files are being worked on", "try again in a moment"
             )

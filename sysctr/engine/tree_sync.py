@@ -1,0 +1,310 @@
+"""Volumes brought up to date from another host: an rsync at each end, in a job with the container's ids.
+
+Neither side hands the other an argument: what runs where is written here, and what a peer's rsync sends is
+taken apart in a job that sees nothing but the volume. The bytes between them are moved by an `exchange`,
+which gets both descriptors of the local rsync and closes them.
+"""
+
+import contextlib
+import fcntl
+import functools
+import os
+import re
+import socket
+import stat
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from sysctr.engine.job import SOURCE, JobRunner, Task
+from sysctr.engine.supervisor import Fd
+from sysctr.errors import NoSpace, SysctrError
+from sysctr.runtime import wire
+from sysctr.storage import tree
+from sysctr.storage.base import RootSpec
+
+# Moves bytes between this descriptor to read and this one to write, and the other side, until both directions
+# have ended. Both are its own: it closes each as its direction ends, and both whatever happens.
+Exchange = Callable[[int, int], None]
+
+# What the scripts below end with when the disk is full; else they end as rsync does.
+_NO_SPACE = 28
+# What went away in the meantime need not be copied.
+_VANISHED = 24
+# rsync's for a connection that broke (SOCKETIO, STREAMIO, MESSAGEIO, SIGNAL, TIMEOUT) and the shell's for
+# SIGPIPE: not why it broke.
+_CUT = frozenset({10, 12, 13, 20, 30, 128 + 13})
+# How long an rsync may take to say why it ended after its connection did.
+_LAST_WORDS_S = 3.0
+_PIPE_BYTES = 1 << 20
+_STATISTICS_BYTES = 4096
+
+# An upper's past, which means nothing in a copy of it (sysctr.runtime.layers.MARKS).
+_FILTERS = " ".join(f"--filter='-x user.overlay.{mark}'" for mark in ("origin", "impure", "uuid", "nlink"))
+# What rsync 3.2.7's client asks a server for with the options below, taken down from one. Every version since
+# 3.2.0 understands it, and a server goes by the capabilities after the dot, whatever its client can do more:
+# without the "i" of incremental recursion all names of a file are known before the first is sent.
+_SERVER_ALL = "rsync --server --sender -lHogDtpAXrxSe.LsfxCIvu --numeric-ids . /source/"
+_SERVER_LISTED = (
+    "rsync --server --sender -lHogDtpAXIRSe.LsfxCIvu --numeric-ids --ignore-missing-args"
+    " --files-from /tmp/changed --from0 . /source/"
+)
+_CLIENT = (
+    "rsync --archive --hard-links --acls --xattrs --numeric-ids --sparse --devices --specials"
+    f" --modify-window=-1 --stats --no-human-readable {_FILTERS} --rsh='/usr/bin/python3 -I -S /tmp/connect'"
+)
+_CLIENT_ALL = f"{_CLIENT} --delete --one-file-system source:/source/ /volume/"
+# A directory may have to make way for a file, and not even an old copy of the same size and time is right.
+_CLIENT_LISTED = (
+    f"{_CLIENT} --ignore-times --force --from0 --files-from=:/tmp/changed source:/source/ /volume/"
+)
+
+_BEGIN = r"""
+set -eu
+export LC_ALL=C.UTF-8
+command -v rsync >/dev/null || { echo 'rsync is not installed' >&2; exit 127; }
+end() {
+    tail -c 60000 /tmp/words >&2
+    ! grep -q -e 'No space left' -e 'quota exceeded' /tmp/words || exit 28
+    exit "$1"
+}
+# A directory that vanishes while it is looked through is not missed; anything else would be.
+look() {
+    find . -xdev "$@" 2>/tmp/words || ! grep -v 'No such file or directory$' /tmp/words >&2
+}
+"""
+# Descriptor 4 gets which inode each directory is now.
+_SEND_ALL = rf"""{_BEGIN}
+cd /source
+look -type d -fprintf /tmp/now '%i %p\0'
+sort -z /tmp/now >&4
+{_SERVER_ALL} 2>/tmp/words || end $?
+"""
+_SEND_AGAIN = rf"""{_BEGIN}
+{_SERVER_ALL} 2>/tmp/words || end $?
+"""
+# rsync tells changes by size and time of a name. That misses a write through a mapping to a page that was
+# written to before (no time changes until it is clean again), times that were set back, and directories that
+# changed places. So what was changed since then, by the time that nobody can set, and what is in directories
+# that have another inode than before (descriptor 3 tells), is sent again whatever it looks like.
+_SEND_LISTED = rf"""{_BEGIN}
+cd /source
+look -type d -fprintf /tmp/now '%i %p\0' , -type f -newerct "@$1" -fprint0 /tmp/changed
+sort -z /tmp/now >/tmp/sorted
+cat /tmp/sorted >&4
+cat <&3 >/tmp/before
+comm -z -23 /tmp/sorted /tmp/before >/tmp/new
+cut -z -d ' ' -f 2- /tmp/new >/tmp/moved
+find -files0-from /tmp/moved -maxdepth 1 -type f -print0 >>/tmp/changed 2>/dev/null || :
+{_SERVER_LISTED} 2>/tmp/words || end $?
+"""
+# The remote shell of the rsync client: hands rsync's two ends to this daemon and ends. It must not stay until
+# they are done with: rsync waits for its shell before it closes them.
+_CONNECT = """
+import socket
+socket.send_fds(socket.socket(fileno=3), [b"{}"], [0, 1])
+"""
+_RECEIVE = rf"""{_BEGIN}
+printf %s "$2" >/tmp/connect
+status=0
+eval "$1" >/tmp/stats 2>/tmp/words </dev/null || status=$?
+tail -c 4000 /tmp/stats >&4
+[ "$status" = 0 ] || end "$status"
+"""
+_TOTALS = {
+    "files": re.compile(rb"^Number of regular files transferred: (\d{1,18})$", re.MULTILINE),
+    "bytes": re.compile(rb"^Total transferred file size: (\d{1,18}) bytes$", re.MULTILINE),
+    "deleted": re.compile(rb"^Number of deleted files: (\d{1,18})", re.MULTILINE),
+}
+
+
+@dataclass(frozen=True)
+class Received:
+    """What one run changed at the receiver: regular files, how long these are together, and deletions."""
+
+    files: int
+    bytes: int
+    deleted: int
+
+
+class PassMark:
+    """The state of a source at the begin of a pass, from which the next pass can tell what changed since."""
+
+    def __init__(self) -> None:
+        self._wall_s = time.time()
+        self._boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        # Which inode each directory was: a list as long as there are directories, sorted.
+        self.directories: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the mark
+        self.close = weakref.finalize(self, self.directories.close)
+
+    def since(self) -> str:
+        """Return the time for find(1) after which what was changed may not be in the copy."""
+        # A clock that was set back meanwhile gave later changes an earlier time.
+        passed_s = time.clock_gettime(time.CLOCK_BOOTTIME) - self._boot_s
+        wall_s = min(self._wall_s, time.time() - passed_s)
+        # The clock that file systems use lags behind by up to a tick, and some keep whole seconds; find asks
+        # for what is newer, not for what is as new.
+        return f"{int(wall_s - 0.05) - 1}.999999"
+
+
+def send_tree(
+    jobs: JobRunner, task: Task | None, view: RootSpec, exchange: Exchange, *, since: PassMark | None,
+    listed: bool,
+) -> PassMark:  # fmt: skip
+    """Send what differs of a volume, or of a snapshot's view, to a `receive_tree` with the same `listed`.
+
+    The first pass has no mark and one run, which is not `listed`. Each later one has two: that which is
+    `listed` gets the mark of the pass before and returns its own; the other gets and returns this one.
+
+    Raises what `exchange` raised, where that was the cause, or SysctrError.
+    """
+    if since is None:
+        mark = PassMark()
+        # What was written through a mapping is clean afterwards: the next write to it gives a new time.
+        _sync(view)
+        script, arguments = _SEND_ALL, []
+        fds = [mark.directories.fileno()] * 2
+    elif listed:
+        mark = PassMark()
+        _sync(view)
+        since.directories.seek(0)
+        script, arguments = _SEND_LISTED, [since.since()]
+        fds = [since.directories.fileno(), mark.directories.fileno()]
+    else:
+        mark, script, arguments, fds = since, _SEND_AGAIN, [], []
+    try:
+        with contextlib.ExitStack() as stack:
+            theirs_in, ours_in = _pipe(stack)
+            ours_out, theirs_out = _pipe(stack)
+            run = functools.partial(
+                jobs.run_tool, ["sh", "-c", script, "send", *arguments], views={SOURCE: view}, more_fds=fds,
+                stdin_fd=theirs_in.fileno(), stdout_fd=theirs_out.fileno(),
+            )  # fmt: skip
+            connected = _Connected(task, lambda: exchange(ours_out.take(), ours_in.take()))
+            connected.run(run, (theirs_in, theirs_out), view)
+    except BaseException:
+        if mark is not since:
+            mark.close()
+        raise
+    return mark
+
+
+def receive_tree(
+    jobs: JobRunner, task: Task | None, root: RootSpec, exchange: Exchange, *, listed: bool,
+    container: int | None = None,
+) -> Received:  # fmt: skip
+    """Bring a volume up to date with what a `send_tree` sends.
+
+    `root` is what its driver's `activate` returned. With `container` it is refused while that runs; while
+    another job writes to the volume it always is.
+
+    Raises NoSpace on a full disk, what `exchange` raised, where that was the cause, or SysctrError.
+    """
+    with contextlib.ExitStack() as stack:
+        ours, theirs = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_SEQPACKET))
+        told = stack.enter_context(tempfile.TemporaryFile())
+        argv = ["sh", "-c", _RECEIVE, "receive", _CLIENT_LISTED if listed else _CLIENT_ALL, _CONNECT]
+        run = functools.partial(
+            jobs.run_tool, argv, root=root, container=container, more_fds=(theirs.fileno(), told.fileno())
+        )
+        connected = _Connected(task, lambda: _pass_on(ours, exchange))
+        connected.run(run, (theirs,), root)
+        told.seek(0)
+        return _received(told.read(_STATISTICS_BYTES))
+
+
+def _pass_on(control: socket.socket, exchange: Exchange) -> None:
+    """Take rsync's two descriptors from its remote shell, and let bytes pass."""
+    try:
+        _, fds = wire.receive(control)
+    except wire.ConnectionClosed:
+        return  # rsync never got so far, and says why
+    kinds = {stat.S_IFMT(os.fstat(fd).st_mode) for fd in fds}
+    # From a job that a peer's rsync talks to: nothing of a kind that could keep this daemon waiting.
+    if len(fds) != 2 or not kinds <= {stat.S_IFSOCK, stat.S_IFIFO}:
+        wire.close_all(fds)
+        raise SysctrError("cannot connect rsync: its remote shell sent something else")
+    exchange(*fds)
+
+
+class _Gone(Exception):
+    """Ends a job whose connection has ended."""
+
+
+class _Connected:
+    """A job and, in a thread, the exchange of what it reads and writes; for the job it is its task."""
+
+    def __init__(self, task: Task | None, exchange: Callable[[], None]) -> None:
+        self._task = task
+        self._exchange = exchange
+        self._error: BaseException | None = None
+        self._broke_s = 0.0
+
+    def check(self) -> None:
+        """Raise if the task was cancelled, or some time after the exchange failed."""
+        if self._task is not None:
+            self._task.check()
+        if self._broke_s and time.monotonic() > self._broke_s + _LAST_WORDS_S:
+            raise _Gone
+
+    def log(self, text: str) -> None:
+        """Add a line to the task's log."""
+        if self._task is not None:
+            self._task.log(text)
+
+    def run(self, job: Callable[..., int], theirs: "Sequence[Fd | socket.socket]", root: RootSpec) -> None:
+        """Run the job and wait for both; `theirs` are the descriptors that only the job is to have."""
+        thread = threading.Thread(target=self._work, name="exchange", daemon=True)
+        thread.start()
+        status = None
+        try:
+            with contextlib.suppress(_Gone):
+                status = job(task=self)
+        finally:
+            # Our copies of the job's ends: only now can the exchange see that the job is gone.
+            for end in theirs:
+                end.close()
+            thread.join()
+        self._judge(status, root)
+
+    def _work(self) -> None:
+        try:
+            self._exchange()
+        except BaseException as error:
+            self._error = error
+            self._broke_s = time.monotonic()
+
+    def _judge(self, status: int | None, root: RootSpec) -> None:
+        """Raise the error that was the cause, if there was one."""
+        doing = f"cannot {self._task.doing if self._task else 'copy files'}"
+        if status == _NO_SPACE:
+            raise NoSpace(f"{doing}: no space left on {root.trees[-1].path}")
+        if self._error is not None and (status is None or status in {0, _VANISHED} | _CUT):
+            raise self._error
+        if status not in (0, _VANISHED):
+            raise SysctrError(
+                f"{doing}: the copy of its files ended with {status}", "the task's log says why"
+            ) from self._error
+
+
+def _received(words: bytes) -> Received:
+    found = {name: pattern.search(words) for name, pattern in _TOTALS.items()}
+    return Received(**{name: int(match[1]) if match else 0 for name, match in found.items()})
+
+
+def _sync(view: RootSpec) -> None:
+    """Write out what is in memory of the trees that somebody may write to."""
+    for one in view.trees:
+        if not one.read_only:
+            tree.sync_file_system(one.path)
+
+
+def _pipe(stack: contextlib.ExitStack) -> "tuple[Fd, Fd]":
+    read_fd, write_fd = (stack.enter_context(Fd(fd)) for fd in os.pipe2(os.O_CLOEXEC))
+    with contextlib.suppress(OSError):  # who is no root may have only so much in pipes
+        fcntl.fcntl(write_fd.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    return read_fd, write_fd
