@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _UNITS = ("B", "K", "M", "G", "T", "P")
 _BAD_COLOUR = "31"
 _STATE_COLOURS = {"running": "32", "frozen": "36", "starting": "33", "stopping": "33", "booting": "33"}
+# Words behind which stands where something is, and not what is wrong with it.
+_PLACES = {"away": "36"}
 
 
 def coloured(stream: "TextIO") -> bool:
@@ -47,6 +49,8 @@ def state_colour(state: str) -> str:
     ('32', '', '31')
     """
     word, _, note = state.partition(" ")
+    if word in _PLACES and "," not in note:
+        return _PLACES[word]
     return _BAD_COLOUR if note else _STATE_COLOURS.get(word, "")
 
 
@@ -68,10 +72,19 @@ def print_json(value: object) -> None:
 
 def print_fields(fields: "Iterable[tuple[str, str]]") -> None:
     """Print `name: value` lines with the values below each other; empty values are left out."""
+    for line in field_lines(fields):
+        print(neutralise(line))
+
+
+def field_lines(fields: "Iterable[tuple[str, str]]") -> "list[str]":
+    """Return `name: value` lines with the values below each other; empty values are left out.
+
+    >>> field_lines([("id", "101"), ("tags", ""), ("name", "web")])
+    ['id:   101', 'name: web']
+    """
     shown = [(name, value) for name, value in fields if value]
     wide = max((len(name) for name, _ in shown), default=0)
-    for name, value in shown:
-        print(f"{name + ':':<{wide + 1}} {neutralise(value)}")
+    return [f"{name + ':':<{wide + 1}} {value}" for name, value in shown]
 
 
 def print_error(error: errors.SysctrError) -> None:

@@ -1,12 +1,13 @@
 """Submitting tasks, waiting for them with a bar or plain lines, and reporting how each one ended."""
 
+import functools
 import re
 import sys
 import time
 
 from sysctr import errors
 from sysctr.cli.output import coloured, duration, notice, print_error, print_json, size, terminal_width
-from sysctr.cli.table import cut, neutralise
+from sysctr.cli.table import cut, neutralise, width
 from sysctr.client import field, path
 
 TYPE_CHECKING = False
@@ -21,21 +22,40 @@ if TYPE_CHECKING:
 # How long the daemon holds a question for a task's end before it answers with the state so far.
 _BAR_INTERVAL_S = 0.2
 _LINES_INTERVAL_S = 1.0
+# How often a log is told of a step of which only the figures change.
+_FIGURES_INTERVAL_S = 60.0
+_FIGURE = re.compile(r"\d ?(?:[KMGT]?i?B?/s|[KMGT]?i?B\b|[KMGT]\b|s\b|%)")
 _BAR_CELLS = 20
+_NARROWEST_STEP = 12
 _ENDED = ("done", "failed", "cancelled")
 
 
 class Submitted:
     """A task that was started for one object, or the error that came instead."""
 
-    __slots__ = ("error", "label", "task")
+    __slots__ = ("_start", "error", "label", "task")
 
-    def __init__(
-        self, label: str, task: "dict[str, Any] | None" = None, error: "errors.SysctrError | None" = None
-    ) -> None:
+    def __init__(self, label: str, start: "Callable[[], dict[str, Any]]") -> None:
         self.label = label
-        self.task = task
-        self.error = error
+        self.task: dict[str, Any] | None = None
+        self.error: errors.SysctrError | None = None
+        self._start = start
+
+    @property
+    def begun(self) -> bool:
+        """Whether its turn came."""
+        return self.task is not None or self.error is not None
+
+    def begin(self) -> None:
+        """Start the task, unless that was tried already."""
+        if self.begun:
+            return
+        try:
+            self.task = field(self._start(), "task")
+        except errors.NoDaemon:
+            raise
+        except errors.SysctrError as error:
+            self.error = error
 
     def answer(self) -> "dict[str, Any]":
         """Return what --json prints for it."""
@@ -45,17 +65,18 @@ class Submitted:
 
 
 def submit(
-    selected: "Sequence[Selected]", start: "Callable[[Selected], dict[str, Any]]"
+    selected: "Sequence[Selected]",
+    start: "Callable[[Selected], dict[str, Any]]",
+    *,
+    in_turn: bool = False,
 ) -> "list[Submitted]":
-    """Start a task for each; one that cannot be started does not keep the others from starting."""
-    submitted = []
-    for one in selected:
-        try:
-            submitted.append(Submitted(one.label, field(start(one), "task")))
-        except errors.NoDaemon:
-            raise
-        except errors.SysctrError as error:
-            submitted.append(Submitted(one.label, error=error))
+    """Start a task for each; one that cannot be started does not keep the others from starting.
+
+    With `in_turn` nothing is started yet: `finish` starts each when the one before it has ended.
+    """
+    submitted = [Submitted(one.label, functools.partial(start, one)) for one in selected]
+    for one in submitted if not in_turn else ():
+        one.begin()
     return submitted
 
 
@@ -63,27 +84,37 @@ def finish(
     client: "Client",
     submitted: "Sequence[Submitted]",
     arguments: "argparse.Namespace",
-    done: "Callable[[Submitted], str]",
+    done: "Callable[[Submitted], str | list[str]]",
     *,
     single: bool = False,
+    explain: "Callable[[Submitted], errors.SysctrError | None]" = lambda one: one.error,
 ) -> int:
     """Wait for the tasks, report each, and return the worst exit code.
 
-    `done` gives the line printed for a task that ended well; with -q it is the container's id instead.
+    `done` gives what is printed for a task that ended well, with -q it is the container's id instead; and
+    `explain` the error that is told for one that did not.
     """
     worst = 0
     display = _display(arguments)
     for number, one in enumerate(submitted):
+        one.begin()
         if one.task is not None and not arguments.no_wait:
             if len(submitted) > 1:
                 display.part = f"{number + 1}/{len(submitted)}"
-            one.task = _wait(client, one, display)
+            try:
+                one.task = _wait(client, one, display)
+            except Detached:
+                if left := [other.label for other in submitted if not other.begun]:
+                    notice(f"not begun: {', '.join(left)}")
+                raise
             one.error = failure(one.task, one.label)
         if one.error is not None:
+            one.error = explain(one) or one.error
             print_error(_naming(one) if len(submitted) > 1 else one.error)
             worst = max(worst, one.error.exit_code)
         elif not arguments.json:
-            print(_line(one, arguments, done))
+            for line in _lines(one, arguments, done):
+                print(neutralise(line), flush=True)
     if arguments.json:
         answers = [one.answer() for one in submitted]
         print_json(answers[0] if single and answers else answers)
@@ -99,14 +130,17 @@ def _naming(one: Submitted) -> errors.SysctrError:
     return errors.SysctrError(f"{one.label}: {error.message}", error.hint)
 
 
-def _line(one: Submitted, arguments: "argparse.Namespace", done: "Callable[[Submitted], str]") -> str:
+def _lines(
+    one: Submitted, arguments: "argparse.Namespace", done: "Callable[[Submitted], str | list[str]]"
+) -> "list[str]":
     assert one.task is not None
     if arguments.no_wait:
-        return str(one.task["id"])
+        return [str(one.task["id"])]
     if arguments.quiet:
         container = one.task.get("container")
-        return str(container if container is not None else one.label)
-    return neutralise(done(one))
+        return [str(container if container is not None else one.label)]
+    said = done(one)
+    return [said] if isinstance(said, str) else said
 
 
 def failure(task: "dict[str, Any]", label: str) -> "errors.SysctrError | None":
@@ -151,8 +185,20 @@ class Detached(errors.SysctrError):
         super().__init__("")
 
 
+def wording(step: str) -> str:
+    """Return a step without its figures, which change from second to second.
+
+    >>> wording("copying, pass 2, 41 MB/s, 1.2 MB/s change, about 0.8 s down")
+    'copying, pass 2'
+    """
+    return ", ".join(part for part in step.split(", ") if not _FIGURE.search(part))
+
+
 class _Lines:
-    """Progress for a pipe or a log: a line when the step changes. Short tasks print nothing."""
+    """Progress for a pipe or a log: a line when the step changes. Short tasks print nothing.
+
+    Where only the figures in a step change there is a line a minute.
+    """
 
     interval_s = _LINES_INTERVAL_S
 
@@ -160,12 +206,15 @@ class _Lines:
         self.silent = silent
         self.part = ""
         self._last: tuple[str, str] = ("", "")
+        self._again_s = 0.0
 
     def show(self, label: str, task: "dict[str, Any]") -> None:
         step = task.get("step") or (task["state"] if task["state"] != "running" else "")
-        if step and not self.silent and self._last != (label, step):
+        now, said = time.monotonic(), (label, wording(step) or step)
+        if step and not self.silent and (self._last != said or now >= self._again_s > 0):
             notice(f"{label}: {step}")
-        self._last = (label, step)
+            self._again_s = now + _FIGURES_INTERVAL_S if said[1] != step else 0.0
+        self._last = said
 
     def clear(self) -> None:
         pass
@@ -186,17 +235,21 @@ class _Bar(_Lines):
         if self._last != (label, ""):
             self._samples = []
             self._last = (label, "")
-        line = bar_line(label, task.get("step") or _doing(task), done, total, self._rate(done))
-        if self.part:
-            line = f"[{self.part}] {line}"
+        part = f"[{self.part}] " if self.part else ""
         # One cell is left free: a full line would wrap, and the next \r would return to its second half.
-        line = cut(line, (terminal_width(sys.stderr) or 80) - 1)
+        cells = (terminal_width(sys.stderr) or 80) - 1
+        step = task.get("step") or _doing(task)
+        line = part + bar_line(label, step, done, total, self._rate(done), cells - len(part))
+        line = cut(line, cells)
         sys.stderr.write(f"\r{line}\x1b[K" if coloured(sys.stderr) else f"\r{line}")
         sys.stderr.flush()
         self._shown = True
 
     def _rate(self, done: int) -> float:
         now = time.monotonic()
+        # A task that begins with another part counts from nothing again.
+        if self._samples and done < self._samples[-1][1]:
+            self._samples = []
         self._samples = [*self._samples[-24:], (now, done)]
         first_s, first = self._samples[0]
         return (done - first) / (now - first_s) if now > first_s and done > first else 0.0
@@ -217,30 +270,38 @@ def _doing(task: "dict[str, Any]") -> str:
     return str(task["kind"] if task["state"] == "running" else task["state"])
 
 
-def bar_line(label: str, step: str, done: int, total: int, rate: float) -> str:
-    """Return one line of progress.
+def bar_line(
+    label: str, step: str, done: int, total: int, rate: float, cells: "int | None" = None
+) -> str:
+    """Return one line of progress. Where it has too few cells the bar goes first, then the end of the step.
 
     >>> bar_line("demo", "unpack", 50 * 1024**2, 100 * 1024**2, 10 * 1024**2)
     'demo: unpack  [##########----------]  50%  50M of 100M  10M/s  5s left'
     >>> bar_line("demo", "boot", 0, 0, 0.0)
     'demo: boot'
+    >>> bar_line("demo", "copying, pass 2, 9 MB/s", 50 * 1024**2, 100 * 1024**2, 10 * 1024**2, 58)
+    'demo: copying, pass 2, 9 MB/s  50%  50M of 100M  5s left'
     """
-    parts = [f"{neutralise(label)}: {neutralise(step)}"]
+    label, step = neutralise(label), neutralise(step)
+    bar, figures = "", []
     if total > 0:
         share = min(1.0, done / total)
         full = int(share * _BAR_CELLS)
-        parts += [
-            f"[{'#' * full}{'-' * (_BAR_CELLS - full)}]",
-            f"{share:3.0%}",
-            f"{size(done)} of {size(total)}",
-        ]
+        bar = f"[{'#' * full}{'-' * (_BAR_CELLS - full)}]"
+        figures += [f"{share:3.0%}", f"{size(done)} of {size(total)}"]
     elif done:
-        parts.append(size(done))
-    if rate > 0:
-        parts.append(f"{size(int(rate))}/s")
+        figures.append(size(done))
+    # A step that says how fast it is knows better.
+    if rate > 0 and "/s" not in step:
+        figures.append(f"{size(int(rate))}/s")
     if rate > 0 and total > done:
-        parts.append(f"{duration(int((total - done) / rate))} left")
-    return "  ".join(parts)
+        figures.append(f"{duration(int((total - done) / rate))} left")
+    line = "  ".join([f"{label}: {step}", *([bar] if bar else []), *figures])
+    if cells is not None and width(line) > cells:
+        rest = "  ".join(figures)
+        room = cells - width(f"{label}:   ") - width(rest)
+        line = "  ".join([f"{label}: {cut(step, max(room, _NARROWEST_STEP))}", *figures])
+    return line
 
 
 def _display(arguments: "argparse.Namespace") -> _Lines:
