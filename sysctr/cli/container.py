@@ -37,7 +37,9 @@ _COLUMNS = (
 
 
 def shown_state(container: "dict[str, Any]") -> str:
-    """Return the state as people see it: a running container that has not said READY is booting."""
+    """Return the state as people see it: away where another host has it, booting until it said READY."""
+    if container.get("away"):
+        return "away"
     if container["state"] == "running" and container.get("booted") is False:
         return "booting"
     return str(container["state"])
@@ -57,14 +59,15 @@ def ending(exit_: "dict[str, Any] | None") -> str:
 
 
 def _state_cell(container: "dict[str, Any]") -> str:
-    # What an administrator has to look at: a file with a mistake, or an end that nobody asked for inside.
-    notes = ["damaged"] if container.get("error") else []
+    # Where it is, and what one has to look at: a file with a mistake, an end that nobody asked for inside.
+    notes = [f"at {container['away'].get('name') or '?'}"] if container.get("away") else []
     if container.get("pool_error"):
-        notes = ["no pool"]
-    exit_ = container.get("exit") or {}
-    if container["state"] == "stopped" and exit_.get("reason") not in (None, "halt", "reboot"):
+        notes.append("no pool")
+    elif container.get("error"):
+        notes.append("damaged")
+    state, exit_ = shown_state(container), container.get("exit") or {}
+    if state == "stopped" and exit_.get("reason") not in (None, "halt", "reboot"):
         notes.append(f"exited {exit_['status']}" if exit_["reason"] == "exited" else exit_["reason"])
-    state = shown_state(container)
     return f"{state} ({', '.join(notes)})" if notes else state
 
 
@@ -92,7 +95,7 @@ def _list(arguments: "argparse.Namespace", client: "Client") -> None:
     answer = client.get(path("containers"), {"tag": arguments.tag})
     containers = field(answer, "containers")
     if arguments.running:
-        containers = [container for container in containers if container["state"] != "stopped"]
+        containers = [one for one in containers if shown_state(one) not in ("stopped", "away")]
     if arguments.json:
         print_json(containers)
     elif arguments.quiet:
@@ -117,9 +120,11 @@ def _status_arguments(parser: "argparse.ArgumentParser") -> None:
 def _status(arguments: "argparse.Namespace", client: "Client") -> None:
     container = field(client.get(path("containers", arguments.container)), "container")
     if arguments.json:
-        print_json({name: container.get(name) for name in ("id", "name", "state", "booted", "exit", "task")})
+        told = ("id", "name", "state", "booted", "exit", "task", "away")
+        print_json({name: container.get(name) for name in told})
     else:
-        print(container["state"])
+        # One word of the API's, which knows no booting.
+        print("away" if container.get("away") else container["state"])
 
 
 def _info_arguments(parser: "argparse.ArgumentParser") -> None:
@@ -144,6 +149,7 @@ def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
         ("id", str(container["id"])),
         ("name", container["name"]),
         ("state", shown_state(container)),
+        ("away", _away(container.get("away"))),
         ("problem", plain(container.get("error"))),
         ("task", f"{task['kind']} ({task['id']})" if task else ""),
         ("last end", f"{ending(exit_)}{_at(exit_.get('ended'))}" if exit_ else ""),
@@ -179,6 +185,13 @@ def _fields(container: "dict[str, Any]") -> "list[tuple[str, str]]":
         ("configuration", plain(container.get("config_file"))),
     ]
     return fields
+
+
+def _away(away: "dict[str, Any] | None") -> str:
+    if not away:
+        return ""
+    since = f" since {moment(away['time'])}" if isinstance(away.get("time"), int | float) else ""
+    return f"at {away.get('name') or '?'}{since} (migration {away.get('id')}); it is not started here"
 
 
 def _at(ended: "Any") -> str:

@@ -139,7 +139,8 @@ def _destroy(arguments: "argparse.Namespace", client: "Client") -> int:
 def _confirmed(client: "Client", one: Selected, *, force: bool) -> bool:
     container = field(client.get(path("containers", one.ref)), "container")
     name = container["name"]
-    state = "" if container["state"] == "stopped" else f", which is {container['state']}"
+    away = container.get("away")
+    state = "" if container["state"] in ("stopped", "away") else f", which is {container['state']}"
     # Nobody should type a name to be told then that it was in vain.
     if container.get("protected"):
         raise errors.Refused(
@@ -150,6 +151,8 @@ def _confirmed(client: "Client", one: Selected, *, force: bool) -> bool:
             f"cannot destroy {one.label}: it is {container['state']}",
             "stop it first, or destroy it with --force",
         )
+    if away:
+        state = f" here, which is at {away.get('name') or 'another host'} now"
     notice(f"this destroys container {container['id']} ({name}){state}, with all its files")
     print("type its name to go on: ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip() == name:
@@ -178,10 +181,11 @@ def _wait(arguments: "argparse.Namespace", client: "Client") -> None:
         container = field(client.get(where, query, timeout_s=round_s + 60), "container")
         if _reached(container, arguments.state):
             return
-        if arguments.state != "stopped" and container["state"] == "stopped" and not container.get("task"):
+        at_rest = container["state"] in ("stopped", "away") and not container.get("task")
+        if arguments.state != "stopped" and at_rest:
             end = ending(container.get("exit"))
             raise errors.WrongState(
-                f"cannot wait for {arguments.container} to be {arguments.state}: it is stopped"
+                f"cannot wait for {arguments.container} to be {arguments.state}: it is {container['state']}"
                 + (f", its last end was: {end}" if end else ""),
                 f"`sysctr logs {arguments.container}` shows what it said last",
             )
