@@ -7,6 +7,7 @@ SysctrError           1 / 500   something failed
 ├── WrongState        4 / 409   running, stopped, or changing
 │   └── Busy                    another task holds the container
 ├── Refused           5 / 403   protected, or not enforceable here
+│   └── Blocked                 a migration that something stands in the way of
 ├── NoDaemon          6 / 503   the daemon or the supervisor does not answer
 └── NoSpace           1 / 507   the disk or a range is exhausted
 
@@ -75,6 +76,12 @@ class Refused(SysctrError):
     http_status = 403
 
 
+class Blocked(Refused):
+    """Something stands in the way; the message has a line for each thing, after the first."""
+
+    code = "blocked"
+
+
 class NoDaemon(SysctrError):
     """The daemon or the supervisor does not answer."""
 
@@ -90,7 +97,9 @@ class NoSpace(SysctrError):
     http_status = 507
 
 
-_CLASSES = (SysctrError, UsageError, ConfigError, NotFound, WrongState, Busy, Refused, NoDaemon, NoSpace)
+_CLASSES = (
+    SysctrError, UsageError, ConfigError, NotFound, WrongState, Busy, Refused, Blocked, NoDaemon, NoSpace
+)  # fmt: skip
 _BY_CODE = {cls.code: cls for cls in _CLASSES}
 
 

@@ -88,7 +88,7 @@ def _epilog(command: Command) -> str:
 
 
 def words(action: argparse.Action, kind: str) -> None:
-    """Let the shells complete this argument with `containers`, `templates`, `tasks` or `files`."""
+    """Let the shells complete this argument with `containers`, `peers`, `files`, or with several of them."""
     action.complete_words = kind  # type: ignore[attr-defined]
 
 

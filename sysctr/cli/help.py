@@ -20,7 +20,7 @@ _GROUPS = (
 )
 _NAME_CELLS = 17
 _SHELLS = ("bash", "zsh", "fish")
-_KINDS = ("containers", "templates", "pools", "tasks")
+_KINDS = ("containers", "templates", "pools", "peers", "tasks")
 
 
 def overview(groups: "tuple[str, ...]") -> str:
@@ -138,21 +138,26 @@ def _mark(parser: argparse.ArgumentParser, shtab) -> None:  # type: ignore[no-un
 
 def _words_arguments(parser: argparse.ArgumentParser) -> None:
     others = ("commands", "keys", "snapshots", "archives", "jobs", "numbers")
-    parser.add_argument("kind", choices=(*_KINDS, *others))
+    parser.add_argument("kinds", metavar="KIND", nargs="+", choices=(*_KINDS, *others))
 
 
 def _words(arguments: argparse.Namespace, client: "Client") -> None:
-    if arguments.kind == "commands":
+    for kind in arguments.kinds:
+        _print_words(kind, client)
+
+
+def _print_words(kind: str, client: "Client") -> None:
+    if kind == "commands":
         print("\n".join(dict.fromkeys(name.split(" ")[0] for name in cli.COMMANDS if name[0] != "_")))
         return
-    if arguments.kind == "keys":
+    if kind == "keys":
         from sysctr.cli.keys import KEYS
 
         print("\n".join(f"{usage.partition('=')[0]}=" for usage, _, _ in KEYS))
         return
     # A press of the tab key starts no daemon.
     client.start = False
-    if arguments.kind == "snapshots":
+    if kind == "snapshots":
         # Of all containers: each shell has a way of its own to tell what stands before on the line.
         names = set()
         for container in field(client.get(path("containers"), timeout_s=2.0), "containers"):
@@ -160,20 +165,20 @@ def _words(arguments: argparse.Namespace, client: "Client") -> None:
             names.update(one["name"] for one in field(answer, "snapshots"))
         print("\n".join(sorted(names)))
         return
-    if arguments.kind == "jobs":
+    if kind == "jobs":
         print("\n".join(one["name"] for one in field(client.get(path("backup-jobs"), timeout_s=2.0), "jobs")))
         return
-    if arguments.kind == "archives":
+    if kind == "archives":
         found = field(client.get(path("backups"), timeout_s=2.0), "archives")
         print("\n".join(one["name"] for one in found if one["name"].isprintable()))
         return
-    if arguments.kind == "numbers":
+    if kind == "numbers":
         for one in field(client.get(path("containers"), timeout_s=2.0), "containers"):
             print(one["id"])
         return
-    found = field(client.get(path(arguments.kind), timeout_s=2.0), arguments.kind)
+    found = field(client.get(path(kind), timeout_s=2.0), kind)
     for one in found:
-        print(one["id"] if arguments.kind == "tasks" else one["name"])
+        print(one["id"] if kind == "tasks" else one["name"])
 
 
 COMMANDS = {
