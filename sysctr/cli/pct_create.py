@@ -213,7 +213,8 @@ def clone(typed: Typed, client: "Client") -> "list[Step]":
     target = typed.last("target")
     if target and target != os.uname().nodename:
         raise errors.Refused(
-            f"cannot run `{typed.shown} --target {target}`: containers do not move between hosts yet"
+            f"cannot run `{typed.shown} --target {target}`: a clone stays on this host",
+            f"`sysctr copy {number} {target}` makes a copy there, where {target} is in `sysctr peer list`",
         )
     hostname = typed.last("hostname")
     name = name_of(hostname) if hostname else f"ct{new}"

@@ -3,7 +3,7 @@
 import sys
 
 from sysctr import errors
-from sysctr.cli.pct_arguments import Step, Typed, note
+from sysctr.cli.pct_arguments import Step, Typed, listed, note
 from sysctr.client import field, path
 
 TYPE_CHECKING = False
@@ -90,6 +90,28 @@ def push(typed: Typed, client: "Client") -> "list[Step]":
 def pull(typed: Typed, client: "Client") -> "list[Step]":
     number, inside, file = typed.words
     return [Step("pull", *_owner(typed), f"{number}:{inside}", file)]
+
+
+def _pools(typed: Typed, client: "Client") -> "list[str]":
+    found = container(typed, client)
+    volumes = [mount["source"] for mount in found.get("mounts") or [] if mount.get("volume")]
+    return list(dict.fromkeys([found["pool"], *(source.partition(":")[0] for source in volumes)]))
+
+
+def migrate(typed: Typed, client: "Client") -> "list[Step]":
+    options = ["--restart"] if typed.flag("restart") else []
+    for pair in listed(typed.last("target-storage")):
+        here, colon, there = pair.partition(":")
+        # 1 is each of them to that of its name, which is what is done anyway; one alone is for all.
+        if colon:
+            options += ["--pool-map", f"{here}={there}"]
+        elif pair != "1":
+            options += [word for pool in _pools(typed, client) for word in ("--pool-map", f"{pool}={pair}")]
+    if limit := typed.last("bwlimit"):
+        if not (limit.isascii() and limit.isdigit()):
+            raise typed.error(f"--bwlimit {limit} is not a number of KiB a second")
+        options += ["--bwlimit", f"{int(limit)}K" if int(limit) else "0"]
+    return [Step("migrate", *options, *typed.words)]
 
 
 def _snapshot_name(typed: Typed) -> str:

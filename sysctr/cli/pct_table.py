@@ -98,15 +98,16 @@ SUBCOMMANDS = {
     ),
     "template": Subcommand("VMID", "sysctr template create; the container stays", plan="pct_create.template"),
     "migrate": Subcommand(
-        "VMID NODE", "refused", values="timeout target-storage bwlimit", flags="online restart",
-        reason="containers do not move between hosts yet; `sysctr backup N --mode stop --stdout | ssh HOST "
-        "sysctr restore -` carries one over",
+        "VMID NODE", "sysctr migrate; NODE is one of `sysctr peer list`", plan="pct_life.migrate",
+        values="target-storage bwlimit", flags="restart",
+        idle={"timeout=": "a container is asked to stop for as long as `sysctr stop` does"},
+        refused={"online": "processes do not move; --restart stops it for a moment, and starts it there"},
     ),
     "remote-migrate": Subcommand(
         "VMID [NEWID] ENDPOINT", "refused",
         values="target-bridge target-storage target-vmid timeout bwlimit", flags="online restart delete",
-        reason="containers do not move between hosts yet; `sysctr backup N --mode stop --stdout | ssh HOST "
-        "sysctr restore -` carries one over",
+        reason="hosts know each other by a token, not by an endpoint: `sysctr peer token` there, `sysctr "
+        "peer join TOKEN` here, then `sysctr migrate N PEER --as NEWID` (or `sysctr copy`)",
     ),
     "move-volume": Subcommand(
         "VMID VOLUME STORAGE", "refused", values="bwlimit digest target-vmid target-volume target-digest",

@@ -136,7 +136,7 @@ def test_a_runbook_of_proxmox_works_as_it_is_typed(shared_host: Node, tmp_path: 
 
 
 def test_what_has_no_equal_is_refused_with_a_reason(shared_host: Node) -> None:
-    for words in (["mount", "101"], ["fsck", "101"], ["migrate", "101", "pve2"], ["rescan"]):
+    for words in (["mount", "101"], ["fsck", "101"], ["remote-migrate", "101", "x"], ["rescan"]):
         done = shared_host.run("pct", *words, check=False)
         assert (done.status, done.out) == (255, "")
         assert done.err.startswith(f"sysctr: cannot run `pct {words[0]}`: "), done.err
