@@ -5,6 +5,7 @@
     packaging/test bench --only start,exec
     packaging/test bench storage            what storage costs, against the size and against the host
     packaging/test bench backup             backup and restore, against tar and its compressors
+    packaging/test bench migrate            moving to another host, against LXC and against plain rsync
 
 Needs root and Debian's packages lxc and mmdebstrap. What it makes goes away with it.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.bench import backups, storage
+from tests.bench import backups, migrate, storage
 from tests.bench.sides import Failed, Guest, Lxc, Sysctr, both, pss_mb, run
 from tests.bench.table import Results, Row
 
@@ -228,7 +229,7 @@ def measure(options: argparse.Namespace) -> Results:
 
 def main() -> int:
     """Measure and print."""
-    of_its_own = {"storage": storage.main, "backup": backups.main}
+    of_its_own = {"storage": storage.main, "backup": backups.main, "migrate": migrate.main}
     if sys.argv[1:2] and sys.argv[1] in of_its_own:
         return of_its_own[sys.argv[1]](sys.argv[2:])
     options = parser().parse_args()

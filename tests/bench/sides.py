@@ -315,11 +315,13 @@ class Lxc:
         """Make containers on an overlay of the shared tree, without measuring it."""
         for name in names:
             self._write_config(name)
-            volume = f"{self.directory}/volumes/{name}"
-            # Container root makes the overlay's work directory beside the upper.
-            for path in (volume, f"{volume}/upper"):
-                os.makedirs(path)
-                os.chown(path, _LXC_FIRST_ID, _LXC_FIRST_ID)
+            self._make_volume(name)
+
+    def _make_volume(self, name: str) -> None:
+        # Container root makes the overlay's work directory beside the upper.
+        for path in (f"{self.directory}/volumes/{name}", self.upper(name)):
+            os.makedirs(path)
+            os.chown(path, _LXC_FIRST_ID, _LXC_FIRST_ID)
 
     def start(self, name: str) -> float:
         return timed_ms(self._command("lxc-start", name, "-d"))
@@ -341,6 +343,19 @@ class Lxc:
 
     def true(self, name: str) -> float:
         return timed_ms(self._command("lxc-attach", name, "--clear-env", "--", "/bin/true"))
+
+    def shell(self, name: str, script: str) -> str:
+        """Run a script in a container that runs, and return its output."""
+        return run(*self._command("lxc-attach", name, "--clear-env", "--", "/bin/sh", "-c", script))
+
+    def upper(self, name: str) -> str:
+        """Return the directory of what a container wrote."""
+        return f"{self.directory}/volumes/{name}/upper"
+
+    def empty(self, name: str) -> None:
+        """Forget what a stopped container wrote."""
+        shutil.rmtree(f"{self.directory}/volumes/{name}")
+        self._make_volume(name)
 
     def list_all(self) -> float:
         return timed_ms(["lxc-ls", "-P", self.directory, "-f"])

@@ -1,9 +1,11 @@
 """The benchmark itself works: one round on a small rootfs gives a whole table, and nothing stays behind."""
 
+import doctest
+
 import pytest
 
 from tests import leaks
-from tests.bench import run
+from tests.bench import migrate, run
 from tests.bench.table import Results, Row
 
 
@@ -27,6 +29,41 @@ def test_one_round_fills_the_table() -> None:
     assert {line.count("|") for line in lines} == {7}
     left = [line for line in leaks.picture() - before if "lxc" in line or "link lx" in line]
     assert left == []
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.needs("overlay", "veth", "ip", "busybox", "lxc")
+def test_one_round_of_migrations_fills_its_table() -> None:
+    before = leaks.picture()
+    options = migrate.parser().parse_args(
+        ["--template", "tiny", "--rounds", "2", "--size", "20", "--size", "30", "--changing", "5"]
+    )
+    bench = migrate.measure(options)
+    for row in (migrate.DOWN, migrate.REPORTED, migrate.WHOLE, migrate.SENT, migrate.SPEED, migrate.WRITTEN):
+        for column, values in bench.samples[row].items():
+            assert len(values) == 2, f"{row}, {column}"
+            assert min(values) > 0, f"{row}, {column}"
+    assert len(migrate.ratios(bench.samples, options.size)) == 6
+    left = [line for line in leaks.picture() - before if "lxc" in line or "link lx" in line]
+    assert left == []
+
+
+def test_migrations_are_judged_by_medians() -> None:
+    samples = {
+        migrate.DOWN: {
+            "sysctr, 100 MB": [0.5, 0.6, 9.0], "LXC, 100 MB": [3.0], "sysctr, 600 MB": [0.9],
+        },
+        migrate.SPEED: {"sysctr, first pass": [90.0], "plain rsync": [100.0]},
+        migrate.SENT: {"sysctr, stopped": [105.0]}, migrate.WRITTEN: {"stopped": [100.0]},
+    }  # fmt: skip
+    assert migrate.ratios(samples, [100, 600]) == [
+        "- 100 MB: down for 0.60 s (aim ≤ 2), 0.20 of LXC's (aim ≤ 0.3)",
+        "- down for the largest against the smallest: 1.50 (aim about 1)",
+        "- speed of the first pass against plain rsync: 0.90 (aim ≥ 0.8)",
+        "- sent against what the container wrote: 1.05 (aim ≤ 1.1)",
+    ]
+    assert doctest.testmod(migrate).failed == 0
 
 
 def test_a_ratio_is_of_medians_and_judged_by_its_aim() -> None:
