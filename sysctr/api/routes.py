@@ -12,6 +12,7 @@ from sysctr.api.fields import Anything, Array, Boolean, Field, Nullable, Number,
 from sysctr.api.route import BYTES, STREAM, Call, Route
 from sysctr.api.routes_archive import ARCHIVE_ROUTES
 from sysctr.api.routes_backup import BACKUP_ROUTES
+from sysctr.api.routes_migrate import MIGRATE_ROUTES
 from sysctr.api.websocket import EXEC_REQUEST
 
 TASK_STATES = ("queued", "running", "done", "failed", "cancelled")
@@ -392,4 +393,5 @@ ROUTES: tuple[Route, ...] = (
     ),
     *BACKUP_ROUTES,
     *ARCHIVE_ROUTES,
+    *MIGRATE_ROUTES,
 )  # fmt: skip

@@ -190,9 +190,10 @@ class Cloning:
             )
 
 
-def renew(host: Host, record: Record, task: Task) -> None:
+def renew(host: Host, record: Record, task: Task | None) -> None:
     """Take the original's identity out of the files of a copy that does not run."""
-    task.step("giving it an identity of its own")
+    if task is not None:
+        task.step("giving it an identity of its own")
     template = host.template_of(record)
     # Templates of ours bring their own way to make host keys at the first boot.
     ours = template is not None and template.source.kind == "recipe"

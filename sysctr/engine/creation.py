@@ -108,17 +108,22 @@ class Creation:
         host = self._host
         record = host.store.load(number)
         self.refuse_protected(record, "destroy")
+        host.guard("destroy", record)
         if host.live.running(number):
             if not force:
                 raise WrongState(
                     f"cannot destroy {number}: it is running", "stop it first, or destroy it with --force"
                 )
             self._lifecycle.stop(task, number, kill=True)
-        live = host.live.get(number)
-        if live is not None:
-            host.live.wait_settled(number, 30)
         if not force:
             self._refuse_unreachable(record)
+        self.remove(number)
+
+    def remove(self, number: int) -> None:
+        """Take away all there is of a container that does not run."""
+        host = self._host
+        if host.live.get(number) is not None:
+            host.live.wait_settled(number, 30)
         self._lifecycle.quietly(host.cgroups.destroy, number)
         self._lifecycle.quietly(host.network.detach, number)
         self.discard_volumes(number)

@@ -23,6 +23,7 @@ from sysctr.engine.history import History
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.live import Live
+from sysctr.engine.migrations import Migrations
 from sysctr.engine.naming import naming, title
 from sysctr.engine.peers import Peers
 from sysctr.engine.pools import HOME
@@ -57,8 +58,11 @@ class Engine:
         self.archive = ArchiveActions(
             self._host, self.history.backups, self.history.restoring, self.archiving
         )
-        self.backup_jobs = BackupJobs(self._host, self.archiving, self.archive.start)
         self.peers = Peers(self._host)
+        self.migrations = Migrations(
+            self._host, self._lifecycle, self._creation, self.history.snapshots_of, self.peers
+        )
+        self.backup_jobs = BackupJobs(self._host, self.archiving, self.archive.start)
         self._view = View(self._host)
         self._doors = Doors(self._host)
         self._changes = Changes(self._host)
@@ -71,7 +75,7 @@ class Engine:
         host.pools.prepare()
         if host.pools.problem(HOME) is None:
             host.templates.sweep()
-        for stale in host.store.stale_reservations():
+        for stale in host.store.stale_reservations(self.migrations.load()):
             log.info("%d: taking back what was left of %s", stale.id, stale.name)
             self._creation.discard_volumes(stale.id)
             host.network.release(stale.id)
@@ -91,14 +95,17 @@ class Engine:
             if number not in running:
                 self._lifecycle.quietly(host.cgroups.destroy, number)
         to_start = self.history.settle()
+        self.migrations.settle()
         # Last: it may start a container that asked for a reboot, whose cgroup and link are no leftovers.
         host.live.follow()
         self.history.open(to_start)
         self.backup_jobs.open()
         self.peers.open()
+        self.migrations.open()
 
     def close(self) -> None:
         """Let go; containers run on."""
+        self.migrations.close()
         self.peers.close()
         self.backup_jobs.close()
         self.history.close()

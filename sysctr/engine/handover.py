@@ -96,8 +96,9 @@ class Verdict:
 class Decision:
     """What an admin's decision makes of one side, or why it cannot be.
 
-    The journal is written first (with `decided`, and `keeps`: the source's container is not destroyed when the
-    target has it), then the record's `away`, except where the phase is None: there the journal is dropped last.
+    The journal is written first (with `decided`, and `keeps`, which stays: the container is not destroyed
+    when the target has it), then the record's `away`, except where the phase is None: there the journal is
+    dropped last.
     """
 
     refused: str = ""
@@ -219,8 +220,8 @@ def recover_target(phase: str | None) -> Action:
 def target_on_outcome(phase: str | None, told: Outcome) -> Action:
     """Return what a target does when the source has told its outcome.
 
-    A target that committed hears "aborted" only where an admin decided otherwise over there; "pending" then is
-    an answer of before.
+    A target that committed hears "aborted" only where an admin decided otherwise over there; "pending" then
+    is an answer of before.
     """
     if phase is None:
         return Action.NOTHING
@@ -255,8 +256,8 @@ def target_accepts(
 ) -> Verdict:
     """Return what a target makes of a message about one migration, in any phase, repeated or not.
 
-    `complete`: the last pass that was begun with this daemon has ended well, and no pass goes on. `created`: a
-    container's record says that it came with this migration; a late `begin` must not begin it again.
+    `complete`: the last pass that was begun with this daemon has ended well, and no pass goes on. `created`:
+    a container's record says that it came with this migration; a late `begin` must not begin it again.
 
     >>> target_accepts("prepared", "commit").answer, target_accepts("receiving", "commit").allowed
     ('created', False)
@@ -278,13 +279,19 @@ def target_accepts(
 
 
 def resolve_source(
-    phase: str | None, away_here: bool, runs_now: bool, side: Side, *, claimed: bool = False, copy: bool = False
+    phase: str | None,
+    away_here: bool,
+    runs_now: bool,
+    side: Side,
+    *,
+    claimed: bool = False,
+    copy: bool = False,
 ) -> Decision:
     """Return what an admin's decision makes of the source.
 
-    `here` states that the other side never starts its copy: it is lost, or was resolved with `there`. `claimed`:
-    the target has answered `abort` with "committed". Only then can this side still give its container up, which
-    is kept, as it may have run since.
+    `here` states that the other side never starts its copy: it is lost, or was resolved with `there`.
+    `claimed`: the target has answered `abort` with "committed". Only then can this side still give its
+    container up, which is kept, as it may have run since.
     """
     if side == "here":
         if phase == Source.DELIVERED:
@@ -296,7 +303,7 @@ def resolve_source(
         return Decision(phase=None if over else Source.ABORTED, raises_generation=True)
     if phase is None and not away_here:
         return Decision("it is not being migrated")
-    if phase is None or phase in (Source.COMMITTED, Source.DELIVERED) or (away_here and phase != Source.ABORTED):
+    if phase in (None, Source.COMMITTED, Source.DELIVERED) or (away_here and phase != Source.ABORTED):
         return Decision(phase=None if phase is None else Source(phase), away=away_here)
     if phase != Source.ABORTED or not claimed:
         return Decision("the other side has not said that it has it")

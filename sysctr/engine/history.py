@@ -36,7 +36,7 @@ class History:
         self._host = host
         self._lifecycle = lifecycle
         self._journal = Journal(host.store)
-        self._snapshots = Snapshots(host, self._journal)
+        self._snapshots = self.snapshots_of = Snapshots(host, self._journal)
         self._rollback = Rollback(host, lifecycle, self._snapshots, self._journal)
         self._cloning = Cloning(host, lifecycle, self._snapshots, creation.discard_volumes)
         self.backups = Backups(host, lifecycle, self._snapshots, self._journal)

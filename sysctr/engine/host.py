@@ -60,6 +60,8 @@ class Host:
         self.stage = f"{where.run}/stage"
         self.mounts = Mounts(self)
         self.os_release = _read_os_release()
+        # Raises what speaks against an action, such as "start" or "destroy", on a container.
+        self.guard: Callable[[str, Record], None] = lambda verb, record: None
         self._seccomp: bytes | None = None
         self._seccomp_lock = threading.Lock()
         self._templates: dict[str, Template] = {}

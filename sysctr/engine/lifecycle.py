@@ -74,6 +74,7 @@ class Lifecycle:
             raise WrongState(f"cannot start {container_id}: its end is still being put away")
         record = host.store.load(container_id)
         record.usable("start")
+        host.guard("start", record)
         fit_before_start(host, record, task)
         # Cheap where nothing is missing; it puts back what a reload of the host's own firewall took.
         host.network.ensure()

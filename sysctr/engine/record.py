@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sysctr.config import toml
+from sysctr.config import toml, values
 from sysctr.config.schema import Container, parse_config
 from sysctr.config.values import shown
 from sysctr.engine.ids import IdRange
@@ -32,6 +32,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "exit": (dict, type(None)),
     "guest": (dict, type(None)),
     "last_backup": (dict, type(None)),
+    "away": (dict, type(None)),
 }
 _REQUIRED = ("id", "uuid", "name", "created", "idmap_first", "idmap_count")
 
@@ -59,6 +60,9 @@ class Saved:
     guest: dict[str, Any] | None = None
     # Its last backup that was made: {"time": …, "archive": path, "size_bytes": …}.
     last_backup: dict[str, Any] | None = None
+    # Another host has it, and here it must not run: {"id": of the migration, "peer": that host's id,
+    # "name": how it is called here, "time": …}.
+    away: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class Record(Saved):
 
     def usable(self, verb: str) -> Container:
         """Return the configuration, or raise an error that says why the container cannot be worked on."""
+        if self.away is not None:
+            raise WrongState(
+                f"cannot {verb} {self.id}: {values.shown(self.away.get('name', ''))[1:-1]} has it now",
+                f"work on it there; `sysctr migrate --resolve {self.id}` says how far its move is",
+            )
         if self.error or self.config is None:
             raise WrongState(
                 f"cannot {verb} {self.id}: {self.error}", hint=f"mend it with `sysctr edit {self.id}`"

@@ -206,7 +206,7 @@ class Snapshots:
         note = {
             **note, "config": record.config_text, "generation": record.generation,
             "running": live is not None,
-            "mounts": [[self._pool_of(driver), volume] for driver, volume in volumes[:-1]],
+            "mounts": [[self.pool_of(driver), volume] for driver, volume in volumes[:-1]],
         }  # fmt: skip
         # A single volume that nobody uses is its driver's to keep whole.
         journaled = bool(facts) or live is not None or len(volumes) > 1
@@ -339,7 +339,8 @@ class Snapshots:
             if one.name in stale or one.name not in of_root
         ] + [(*root, name) for name in sorted(stale)]
 
-    def _pool_of(self, driver: Driver) -> str:
+    def pool_of(self, driver: Driver) -> str:
+        """Return the name of the pool that a driver keeps, empty where it is gone."""
         for name in self._host.pools.names():
             with contextlib.suppress(SysctrError):
                 if self._host.pools.get(name) is driver:

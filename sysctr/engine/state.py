@@ -178,15 +178,23 @@ class Store:
                 raise WrongState(f"cannot release {number}: it is not reserved, or by another process")
             self._remove(number)
 
-    def stale_reservations(self) -> tuple[Reservation, ...]:
-        """Return what creations and removals hold whose process died; `release` takes each back."""
+    def stale_reservations(self, but: frozenset[int] = frozenset()) -> tuple[Reservation, ...]:
+        """Return what creations and removals hold whose process died; `release` takes each back.
+
+        Those in `but` are somebody's to `adopt`.
+        """
         stale = []
         with self._locked("read the reservations"):
-            for number in sorted(_numbers(self._reserved) - set(self._held)):
+            for number in sorted(_numbers(self._reserved) - set(self._held) - but):
                 if self._take_over(number):
                     stale.append(Reservation(number, self._reserved_name(number)))
                     os.close(self._held.pop(number))
         return tuple(stale)
+
+    def adopt(self, number: int) -> bool:
+        """Hold a reservation whose process died, with all that was made under it; False for none."""
+        with self._locked(f"adopt {number}"):
+            return number in self._held or self._take_over(number)
 
     def delete(self, number: int) -> None:
         """Forget a container, damaged or not, and free its number, name and ids."""

@@ -49,6 +49,7 @@ _FILTERS = " ".join(f"--filter='-x user.overlay.{mark}'" for mark in ("origin", 
 # 3.2.0 understands it, and a server goes by the capabilities after the dot, whatever its client can do more:
 # without the "i" of incremental recursion all names of a file are known before the first is sent.
 _SERVER_ALL = "rsync --server --sender -lHogDtpAXrxSe.LsfxCIvu --numeric-ids . /source/"
+_SERVER_CONTENT = "rsync --server --sender -lHogDtpAXrcxSe.LsfxCIvu --numeric-ids . /source/"
 _SERVER_LISTED = (
     "rsync --server --sender -lHogDtpAXIRSe.LsfxCIvu --numeric-ids --ignore-missing-args"
     " --files-from /tmp/changed --from0 . /source/"
@@ -58,10 +59,16 @@ _CLIENT = (
     f" --modify-window=-1 --stats --no-human-readable {_FILTERS} --rsh='/usr/bin/python3 -I -S /tmp/connect'"
 )
 _CLIENT_ALL = f"{_CLIENT} --delete --one-file-system source:/source/ /volume/"
+_CLIENT_CONTENT = f"{_CLIENT} --checksum --delete --one-file-system source:/source/ /volume/"
 # A directory may have to make way for a file, and not even an old copy of the same size and time is right.
 _CLIENT_LISTED = (
     f"{_CLIENT} --ignore-times --force --from0 --files-from=:/tmp/changed source:/source/ /volume/"
 )
+
+# How a run finds out what differs: by size and time; by content, where the copy was not made by the passes of
+# the same migration; or not at all, for what the source lists.
+MODES = ("all", "content", "listed")
+_CLIENTS = {"all": _CLIENT_ALL, "content": _CLIENT_CONTENT, "listed": _CLIENT_LISTED}
 
 _BEGIN = r"""
 set -eu
@@ -77,15 +84,18 @@ look() {
     find . -xdev "$@" 2>/tmp/words || ! grep -v 'No such file or directory$' /tmp/words >&2
 }
 """
-# Descriptor 4 gets which inode each directory is now.
-_SEND_ALL = rf"""{_BEGIN}
+# Descriptor 4, where it is wanted, gets which inode each directory is now.
+_SEND = rf"""{_BEGIN}
 cd /source
-look -type d -fprintf /tmp/now '%i %p\0'
-sort -z /tmp/now >&4
-{_SERVER_ALL} 2>/tmp/words || end $?
-"""
-_SEND_AGAIN = rf"""{_BEGIN}
-{_SERVER_ALL} 2>/tmp/words || end $?
+if [ "$1" = first ]; then
+    look -type d -fprintf /tmp/now '%i %p\0'
+    sort -z /tmp/now >&4
+fi
+if [ "$2" = content ]; then
+    {_SERVER_CONTENT} 2>/tmp/words || end $?
+else
+    {_SERVER_ALL} 2>/tmp/words || end $?
+fi
 """
 # rsync tells changes by size and time of a name. That misses a write through a mapping to a page that was
 # written to before (no time changes until it is clean again), times that were set back, and directories that
@@ -132,13 +142,18 @@ class Received:
 
 
 class PassMark:
-    """The state of a source at the begin of a pass, from which the next pass can tell what changed since."""
+    """The state of a source at the begin of a pass, from which the next pass can tell what changed since.
 
-    def __init__(self) -> None:
+    Its time comes before what was written through a mapping is written out: from then on each such write
+    gives a new time. It counts from the first attempt of a pass on, also if that came to nothing.
+    """
+
+    def __init__(self, view: RootSpec) -> None:
         self._wall_s = time.time()
         self._boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         # Which inode each directory was: a list as long as there are directories, sorted.
         self.directories: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the mark
+        _sync(view)
         self.close = weakref.finalize(self, self.directories.close)
 
     def since(self) -> str:
@@ -152,49 +167,39 @@ class PassMark:
 
 
 def send_tree(
-    jobs: JobRunner, task: Task | None, view: RootSpec, exchange: Exchange, *, since: PassMark | None,
-    listed: bool,
-) -> PassMark:  # fmt: skip
-    """Send what differs of a volume, or of a snapshot's view, to a `receive_tree` with the same `listed`.
+    jobs: JobRunner, task: Task | None, view: RootSpec, exchange: Exchange, mode: str, *,
+    since: PassMark | None = None, mark: PassMark | None = None,
+) -> None:  # fmt: skip
+    """Send what differs of a volume, or of a snapshot's view, to a `receive_tree` of the same mode.
 
-    The first pass has no mark and one run, which is not `listed`. Each later one has two: that which is
-    `listed` gets the mark of the pass before and returns its own; the other gets and returns this one.
+    A pass over what changes meanwhile has a `mark`, made just before it. The first one sends all; each later
+    one has two runs: "listed", which sends what was changed `since` the mark of the pass before, and then all
+    again. Only the first run of a pass gets its mark.
 
     Raises what `exchange` raised, where that was the cause, or SysctrError.
     """
-    if since is None:
-        mark = PassMark()
-        # What was written through a mapping is clean afterwards: the next write to it gives a new time.
-        _sync(view)
-        script, arguments = _SEND_ALL, []
-        fds = [mark.directories.fileno()] * 2
-    elif listed:
-        mark = PassMark()
-        _sync(view)
+    if mode == "listed":
+        assert since is not None
+        assert mark is not None
         since.directories.seek(0)
         script, arguments = _SEND_LISTED, [since.since()]
         fds = [since.directories.fileno(), mark.directories.fileno()]
     else:
-        mark, script, arguments, fds = since, _SEND_AGAIN, [], []
-    try:
-        with contextlib.ExitStack() as stack:
-            theirs_in, ours_in = _pipe(stack)
-            ours_out, theirs_out = _pipe(stack)
-            run = functools.partial(
-                jobs.run_tool, ["sh", "-c", script, "send", *arguments], views={SOURCE: view}, more_fds=fds,
-                stdin_fd=theirs_in.fileno(), stdout_fd=theirs_out.fileno(),
-            )  # fmt: skip
-            connected = _Connected(task, lambda: exchange(ours_out.take(), ours_in.take()))
-            connected.run(run, (theirs_in, theirs_out), view)
-    except BaseException:
-        if mark is not since:
-            mark.close()
-        raise
-    return mark
+        script, arguments = _SEND, ["again" if mark is None else "first", mode]
+        fds = [] if mark is None else [mark.directories.fileno()] * 2
+    with contextlib.ExitStack() as stack:
+        theirs_in, ours_in = _pipe(stack)
+        ours_out, theirs_out = _pipe(stack)
+        run = functools.partial(
+            jobs.run_tool, ["sh", "-c", script, "send", *arguments], views={SOURCE: view}, more_fds=fds,
+            stdin_fd=theirs_in.fileno(), stdout_fd=theirs_out.fileno(),
+        )  # fmt: skip
+        connected = _Connected(task, lambda: exchange(ours_out.take(), ours_in.take()))
+        connected.run(run, (theirs_in, theirs_out), view)
 
 
 def receive_tree(
-    jobs: JobRunner, task: Task | None, root: RootSpec, exchange: Exchange, *, listed: bool,
+    jobs: JobRunner, task: Task | None, root: RootSpec, exchange: Exchange, mode: str, *,
     container: int | None = None,
 ) -> Received:  # fmt: skip
     """Bring a volume up to date with what a `send_tree` sends.
@@ -207,7 +212,7 @@ def receive_tree(
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_SEQPACKET))
         told = stack.enter_context(tempfile.TemporaryFile())
-        argv = ["sh", "-c", _RECEIVE, "receive", _CLIENT_LISTED if listed else _CLIENT_ALL, _CONNECT]
+        argv = ["sh", "-c", _RECEIVE, "receive", _CLIENTS[mode], _CONNECT]
         run = functools.partial(
             jobs.run_tool, argv, root=root, container=container, more_fds=(theirs.fileno(), told.fileno())
         )

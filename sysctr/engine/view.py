@@ -137,7 +137,8 @@ class View:
         task = self._host.tasks.current(record.id)
         config = record.config
         return {
-            "id": record.id, "name": config.name if config else record.name, "state": self.state(record.id),
+            "id": record.id, "name": config.name if config else record.name,
+            "state": "away" if record.away is not None and live is None else self.state(record.id),
             "booted": self._booted(record, live), "template": record.template,
             "tags": list(config.tags) if config else [],
             "addresses": [address.partition("/")[0] for address in addresses],
@@ -148,7 +149,8 @@ class View:
             "onboot": config.onboot if config else False, "protected": config.protected if config else False,
             "pending": self._changes.pending(record), "exit": None if live else record.exit,
             "task": {"id": task.id, "kind": task.kind} if task else None, "pool": record.pool,
-            "last_backup": record.last_backup, "error": record.error or pool_error, "pool_error": pool_error,
+            "last_backup": record.last_backup, "away": record.away,
+            "error": record.error or pool_error, "pool_error": pool_error,
         }  # fmt: skip
 
     def _booted(self, record: Record, live: Live | None) -> bool | None:

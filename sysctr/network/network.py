@@ -190,6 +190,10 @@ class Network:
         """Return the addresses that a container's NICs hold, by the NICs' order."""
         return tuple(ip for _, ip, _ in self._addresses.lease(ct_id).nics)
 
+    def by_card(self, ct_id: int) -> dict[int, str]:
+        """Return the same by the index of the NIC."""
+        return {index: ip for index, ip, _ in self._addresses.lease(ct_id).nics}
+
     def all_addresses(self) -> dict[int, tuple[str, ...]]:
         """Return the same of every container that holds any."""
         leases = self._addresses.leases()

@@ -121,6 +121,10 @@ class Channel:
         )
         return stream.run()
 
+    def abort(self) -> None:
+        """End the connection from another thread: whoever uses it finds it broken."""
+        self._wire.abort()
+
     def close(self) -> None:
         """End the connection; a second time does nothing."""
         with contextlib.suppress(OSError):

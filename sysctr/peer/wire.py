@@ -164,6 +164,12 @@ class Wire:
             count -= taken
         return b"".join(parts)
 
+    def abort(self) -> None:
+        """End the connection from another thread, which may not touch its TLS."""
+        with contextlib.suppress(OSError):
+            # A TLS socket's own shutdown() would let its owner go on without TLS.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
     def close(self) -> None:
         """End the connection; the other side learns that this was on purpose."""
         # It does not wait for the other side's good-bye.
