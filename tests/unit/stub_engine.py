@@ -38,6 +38,7 @@ class Engine:
         self.archiving = Archiving(self)
         self.archive = ArchiveActions(self)
         self.backup_jobs = BackupJobs(self)
+        self.migrations = Migrations(self)
 
     def open(self) -> None:
         self.calls.append(("open",))
@@ -311,6 +312,25 @@ class BackupJobs:
 
     def run(self, name: str) -> Task:
         return self._engine._act("backup-run", name, {})
+
+
+class Migrations:
+    """How the engine moves containers to other hosts, as the real one has it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def migrate(self, ref: str, spec: dict) -> Task:
+        return self._engine._act("migrate", ref, spec)
+
+    def copy(self, ref: str, spec: dict) -> Task:
+        return self._engine._act("copy", ref, spec)
+
+    def list(self) -> "list[dict]":
+        return []
+
+    def resolve(self, ref: str, keep: str | None = None) -> Task:
+        return self._engine._act("resolve", ref, {"keep": keep})
 
 
 class Supervisor:
