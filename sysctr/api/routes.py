@@ -13,6 +13,7 @@ from sysctr.api.route import BYTES, STREAM, Call, Route
 from sysctr.api.routes_archive import ARCHIVE_ROUTES
 from sysctr.api.routes_backup import BACKUP_ROUTES
 from sysctr.api.routes_migrate import MIGRATE_ROUTES
+from sysctr.api.routes_peer import PEER_ROUTES
 from sysctr.api.websocket import EXEC_REQUEST
 
 TASK_STATES = ("queued", "running", "done", "failed", "cancelled")
@@ -394,4 +395,5 @@ ROUTES: tuple[Route, ...] = (
     *BACKUP_ROUTES,
     *ARCHIVE_ROUTES,
     *MIGRATE_ROUTES,
+    *PEER_ROUTES,
 )  # fmt: skip

@@ -74,6 +74,14 @@ COMMANDS = {
     "backup job edit": ("backup_jobs", "host", "edit the file of a backup job in $EDITOR"),
     "backup job run": ("backup_jobs", "host", "run backup jobs now"),
     "backup job remove": ("backup_jobs", "host", "forget backup jobs; their archives stay"),
+    "peer list": ("peer", "host", "list the hosts that this one trusts"),
+    "peer show": ("peer", "host", "show a peer, and whether it can be reached"),
+    "peer token": ("peer", "host", "make a token with which another host can join, once"),
+    "peer join": ("peer", "host", "trust the host that made a token, and be trusted by it"),
+    "peer rename": ("peer", "host", "give a peer another name"),
+    "peer restrict": ("peer", "host", "change what a peer may do"),
+    "peer remove": ("peer", "host", "end the trust between this host and another"),
+    "peer rotate": ("peer", "host", "get a new key and tell all peers"),
     "task list": ("task", "host", "list the tasks"),
     "task show": ("task", "host", "show a task and its log"),
     "task wait": ("task", "host", "wait for tasks and report their end"),
@@ -92,7 +100,7 @@ COMMANDS = {
     "completion": ("help", "help", "print the completion script of a shell"),
     "_words": ("help", "", "list names for the completion scripts"),
 }
-FAMILIES = ("mount", "backup", "backup job", "import", "template", "pool", "task", "daemon")
+FAMILIES = ("mount", "backup", "backup job", "import", "template", "pool", "peer", "task", "daemon")
 _MOST_WORDS = 3
 
 

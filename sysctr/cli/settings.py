@@ -48,8 +48,8 @@ def assignment(text: str, option: str) -> "tuple[str, str]":
     return key.strip(), value
 
 
-def read_secret(name: str) -> str:
-    """Return the first line of a file, or of stdin for `-`, as a password."""
+def read_secret(name: str, what: str = "password") -> str:
+    """Return the first line of a file, or of stdin for `-`, as a password or another secret."""
     shown = "stdin" if name == "-" else name
     try:
         if name == "-":
@@ -59,11 +59,11 @@ def read_secret(name: str) -> str:
                 raw = source.readline(_SECRET_LIMIT)
         password = raw.rstrip(b"\r\n").decode()
     except OSError as error:
-        raise errors.UsageError(f"cannot read the password from {shown}: {error.strerror}") from error
+        raise errors.UsageError(f"cannot read the {what} from {shown}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise errors.UsageError(f"cannot read the password from {shown}: it is not text") from error
+        raise errors.UsageError(f"cannot read the {what} from {shown}: it is not text") from error
     if not password:
-        raise errors.UsageError(f"cannot read the password from {shown}: it is empty")
+        raise errors.UsageError(f"cannot read the {what} from {shown}: it is empty")
     return password
 
 

@@ -66,8 +66,8 @@ class Talk:
         self._wrong = 0
         self._wrong_at_s = 0.0
         self._rsync: str | None = None
-        # Called when a peer has come that does not know the next key of this host.
-        self.on_untold: Callable[[], None] = lambda: None
+        # Called when a peer has come while this host waits for its peers to know its next key.
+        self.on_rotating: Callable[[], None] = lambda: None
         self.register("peer.ping", Shape({}), lambda _peer, _told, _channel: {})
 
     def register(self, op: str, shape: Shape, handler: Handler) -> None:
@@ -127,6 +127,8 @@ class Talk:
             log.info("peer %s: %s", peer.name, error.message)
             channel.refuse(error)
             return
+        if self.following() is not None:
+            self.on_rotating()
         while not self._closing.is_set():
             try:
                 message = channel.receive(_IDLE_S)
@@ -181,8 +183,6 @@ class Talk:
         if not 0 <= now_s - peer.last_seen < _SEEN_S:
             changes["last_seen"] = now_s
         self._book.change(peer.id, **changes)
-        if following is not None and following.fingerprint not in accepts:
-            self.on_untold()
 
     def _answer(self, peer: Peer, message: dict[str, Any], channel: Channel) -> None:
         op = message.pop("op", None)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = "sysctr1."
 TEXT_LIMIT = 8192
-LEAST_EXPIRES_S = 10
+LEAST_EXPIRES_S = 1
 MOST_EXPIRES_S = 30 * 86400
 _LIMIT_BYTES = 1 << 20
 _MOST_TOKENS = 256

@@ -43,7 +43,7 @@ class Peers:
         self._book = Book(host.where)
         self._tokens = Tokens(host.where)
         self._talk = Talk(self._book, self._directory, self._on_join)
-        self._talk.on_untold = self._kick
+        self._talk.on_rotating = self._kick
         self._listener = Listener(host, self._expects_somebody, self._certificates, self._talk.serve)
         # Each is asked before trust ends, and raises where that would hurt: a migration is under way.
         self.guards: list[Callable[[Peer], None]] = []
@@ -330,7 +330,9 @@ class Peers:
 
     def _work(self) -> None:
         while True:
-            self._wanted.wait(_UPKEEP_S)
+            # Until the last token expires: nobody is listened to after that.
+            left_s = (self._tokens.next_expiry() or time.time() + _UPKEEP_S) - time.time()
+            self._wanted.wait(min(_UPKEEP_S, max(0.1, left_s)))
             self._wanted.clear()
             if self._closing.is_set():
                 return

@@ -42,8 +42,6 @@ class PeerLost(SysctrError):
 class NotTrusted(Refused):
     """The other host does not know us, or is another one than it should be; trying again does not help."""
 
-    code = "not-trusted"
-
 
 def tune(sock: socket.socket) -> None:
     """Set what every TCP connection between hosts has."""

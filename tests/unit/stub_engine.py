@@ -39,6 +39,7 @@ class Engine:
         self.archive = ArchiveActions(self)
         self.backup_jobs = BackupJobs(self)
         self.migrations = Migrations(self)
+        self.peers = Peers(self)
 
     def open(self) -> None:
         self.calls.append(("open",))
@@ -331,6 +332,42 @@ class Migrations:
 
     def resolve(self, ref: str, keep: str | None = None) -> Task:
         return self._engine._act("resolve", ref, {"keep": keep})
+
+
+class Peers:
+    """What the engine does with other hosts, as the real one has it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def list(self) -> "list[dict]":
+        return []
+
+    def status(self) -> dict:
+        return {"fingerprint": "", "listen": "", "problem": ""}
+
+    def show(self, ref: str) -> dict:
+        return {"name": ref}
+
+    def token(self, *, expires_s: float = 3600, addresses: tuple = (), listen: str = "") -> dict:
+        return {"token": "sysctr1.x", "expires": 0.0, "fingerprint": "", "addresses": list(addresses)}
+
+    def join(self, token: str, *, name: str = "", addresses: tuple = ()) -> dict:
+        self._engine.calls.append(("peer-join", name))
+        return {"name": name}
+
+    def rename(self, ref: str, new: str) -> dict:
+        return {"name": new}
+
+    def restrict(self, ref: str, **permissions: Any) -> dict:
+        self._engine.calls.append(("peer-restrict", ref, permissions))
+        return {"name": ref}
+
+    def remove(self, ref: str, *, force: bool = False) -> None:
+        self._engine.calls.append(("peer-remove", ref, force))
+
+    def rotate(self) -> dict:
+        return {"fingerprint": "", "next": "", "waits_for": []}
 
 
 class Supervisor:
