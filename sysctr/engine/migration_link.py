@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.engine.tasks import Task
 from sysctr.errors import SysctrError, from_dict
@@ -24,8 +25,10 @@ _Answer = TypeVar("_Answer")
 class Link:
     """Talks about one migration; whoever gives it work may be called again after a broken connection."""
 
-    def __init__(self, peers: Peers, peer: str, mid: str, offer: dict[str, Any], task: Task) -> None:
-        self.peer = peer
+    def __init__(self, peers: Peers, peer: Peer, mid: str, offer: dict[str, Any], task: Task) -> None:
+        self.name = peer.name
+        # Its name may change.
+        self._peer_id = peer.id
         self.mid = mid
         self.sent_bytes = 0
         self.rate_bytes: int | None = None
@@ -45,7 +48,7 @@ class Link:
     def open(self) -> dict[str, Any]:
         """Connect and begin, or go on with, the migration; raises PeerLost, or why the target refuses it."""
         self.close()
-        channel = self._peers.connect(self.peer)
+        channel = self._peers.connect(self._peer_id)
         try:
             self.begun = channel.call("migrate.begin", _ANSWER_S, id=self.mid, offer=self._offer)
         except BaseException:
@@ -114,7 +117,7 @@ class Link:
                 if now - lost_since >= patience_s:
                     raise
                 reason = error.message.partition(": ")[2] or error.message
-                self._task.step(f"waiting for {self.peer}: {reason}")
+                self._task.step(f"waiting for {self.name}: {reason}")
                 self._pause()
             except BaseException:
                 self.close()

@@ -9,10 +9,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from sysctr.engine import handover
 from sysctr.engine.creation import Creation
@@ -22,19 +19,16 @@ from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.migration_check import Placed, refuse_blocked
 from sysctr.engine.migration_journal import Entry, MigrationJournal
 from sysctr.engine.migration_link import Link
-from sysctr.engine.migration_offer import Offer, OfferedSnapshot
-from sysctr.engine.migration_streams import send_stream
+from sysctr.engine.migration_sender import Move, Sender
 from sysctr.engine.migration_survey import Options, Survey
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.engine.record import Record
-from sysctr.engine.snapshots import Snapshots, Volume
+from sysctr.engine.snapshots import Snapshots
 from sysctr.engine.tasks import Task
-from sysctr.engine.tree_sync import PassMark, send_tree
 from sysctr.errors import Refused, SysctrError, WrongState
 from sysctr.linux import fault
 from sysctr.peer.channel import PeerLost
-from sysctr.storage.base import Driver, RootSpec, Streams
 
 log = logging.getLogger(__name__)
 
@@ -49,30 +43,6 @@ _PATIENCE_S = 300.0
 # Nobody is served while it stands still: rather let it run here again.
 _PATIENCE_STOPPED_S = 30.0
 _SETTLE_S = 30.0
-
-
-@dataclass
-class _Move:
-    """One migration under way."""
-
-    record: Record
-    options: Options
-    offer: Offer
-    link: Link
-    volumes: list[Volume]
-    placed: dict[str, Placed]
-    # Of each volume, since when it may differ from what was sent; none for one that was not sent yet.
-    marks: dict[str, PassMark] = field(default_factory=dict)
-    # Those whose copy over there has files of ours alone, of this migration and of nothing older.
-    plain: set[str] = field(default_factory=set)
-    passes: list[dict[str, Any]] = field(default_factory=list)
-    # The state that was sent last, where states are sent as streams.
-    sent_state: str = ""
-
-    @property
-    def streams(self) -> bool:
-        """Tell whether the volumes are sent as streams of their driver's own."""
-        return any(one.method == "stream" for one in self.placed.values())
 
 
 class Outgoing:
@@ -94,6 +64,7 @@ class Outgoing:
         self._peers = peers
         self._journal = journal
         self._survey = Survey(host, snapshots, peers)
+        self._sender = Sender(host, snapshots)
         self._alive: set[str] = set()
         # Held where it is decided, or told, whose a container is.
         self.deciding = threading.Lock()
@@ -112,10 +83,10 @@ class Outgoing:
         refuse_blocked(record.title, report["blockers"])
         mid = secrets.token_hex(8)
         peer = self._peers.get(options.peer)
-        link = Link(self._peers, peer.name, mid, offer.as_dict(), task)
+        link = Link(self._peers, peer, mid, offer.as_dict(), task)
         link.rate_bytes = options.rate_bytes
-        move = _Move(
-            record, options, offer, link, self._snapshots.volumes(record),
+        move = Move(
+            record, offer, link, self._snapshots.volumes(record),
             {one["source"]: Placed(**one) for one in placed},
         )  # fmt: skip
         self._journal.write(
@@ -130,8 +101,8 @@ class Outgoing:
         fault.point("migrate.begun")
         self._host.bus.publish("migration", id=mid, change="sending", container=number, peer=peer.name)
         try:
-            stopped_s = self._transfer(task, move)
-            entry = self._decide(move)
+            stopped_s = self._transfer(task, move, options)
+            entry = self._decide(move, options)
         except BaseException:
             self._alive.discard(mid)
             self.undo(task, mid)
@@ -139,17 +110,17 @@ class Outgoing:
         finally:
             self._alive.discard(mid)
             link.close()
-            self._forget_state(move)
+            self._sender.forget_state(move)
         task.step("handing over")
         answer = self._deliver_or_tell(task, entry, options)
         down_s = None if stopped_s is None else round(time.monotonic() - stopped_s, 3)
         task.step("removing it here" if not (options.keep or options.copy) else "noting it here")
         with contextlib.suppress(PeerLost):  # what is left to say is said later
             self.complete(mid)
-        return self._reported(task, report, move, answer, down_s, time.monotonic() - began_s)
+        return self._reported(task, report, move, options, answer, down_s, time.monotonic() - began_s)
 
     def _reported(
-        self, task: Task, report: dict[str, Any], move: _Move, answer: dict[str, Any],
+        self, task: Task, report: dict[str, Any], move: Move, options: Options, answer: dict[str, Any],
         down_s: float | None, seconds: float,
     ) -> dict[str, Any]:  # fmt: skip
         there = {**report["there"], "id": answer["id"], "name": answer["name"]}
@@ -164,59 +135,60 @@ class Outgoing:
         return {
             **report, "there": there, "passes": move.passes, "sent_bytes": move.link.sent_bytes,
             "seconds": round(seconds, 3), "downtime_s": down_s if answer.get("started") else None,
-            "started": bool(answer.get("started")), "kept": move.options.keep or move.options.copy,
+            "started": bool(answer.get("started")), "kept": options.keep,
             "notes": notes,
         }  # fmt: skip
 
-    def _transfer(self, task: Task, move: _Move) -> float | None:
+    def _transfer(self, task: Task, move: Move, options: Options) -> float | None:
         """Send everything; returns when the container was asked to stop, None if it did not run."""
-        link, options, number = move.link, move.options, move.record.id
+        link, number = move.link, move.record.id
         patience_s = _PATIENCE_S if options.patience_s is None else options.patience_s
         total = sum(one.expected_bytes or 0 for one in move.placed.values())
         task.progress(0, total or None)
         link.keep_trying(link.open, patience_s)
         for snapshot in move.offer.snapshots:
             task.step(f"copying snapshot {snapshot.name}")
-            link.keep_trying(lambda one=snapshot: self._send_state(task, move, one), patience_s)
+            link.keep_trying(lambda one=snapshot: self._sender.send_state(task, move, one), patience_s)
         if options.copy:
-            with self._copied_state(task, move) as name:
-                self._turn(move, patience_s)
-                self._prepare(move, lambda: self._pass(task, move, self._views(move, name)), patience_s)
+            with self._sender.copied_state(task, move) as name:
+                self._sender.turn(move, patience_s)
+                self._prepare(task, move, name, patience_s)
             return None
-        self._turn(move, patience_s)
+        self._sender.turn(move, patience_s)
         if self._host.live.running(number) is not None:
             self._copy_running(task, move, patience_s)
-        stopped_s = self._stop(task, move)
+        stopped_s = self._stop(task, move, options)
         patience_s = min(patience_s, _PATIENCE_STOPPED_S) if stopped_s is not None else patience_s
         task.step("copying the last changes" if stopped_s is not None else "copying")
-
-        self._prepare(move, lambda: self._pass(task, move, self._views(move, "")), patience_s)
+        self._prepare(task, move, "", patience_s)
         return stopped_s
 
-    def _prepare(self, move: _Move, last_pass: Callable[[], None], patience_s: float) -> None:
-        """Send what is left, and let the target get ready; both again where the connection breaks."""
+    def _prepare(self, task: Task, move: Move, state: str, patience_s: float) -> None:
+        """Send what is left of a state, and let the target get ready; both again where it is lost."""
         link = move.link
 
         def finish() -> dict[str, Any]:
             # The target may have got ready before the connection broke.
             if link.begun["phase"] == Target.RECEIVING:
-                last_pass()
+                self._sender.send_pass(task, move, self._sender.views(move, state))
                 fault.point("migrate.final.done")
             return link.call("prepare")
 
         answer = link.keep_trying(finish, patience_s)
         if answer["answer"] != "prepared":
-            words = f"{link.peer} says that it is {answer['answer']}"
+            words = f"{link.name} says that it is {answer['answer']}"
             raise SysctrError(f"cannot move {move.record.title}: {words}")
         fault.point("migrate.prepared")
 
-    def _copy_running(self, task: Task, move: _Move, patience_s: float) -> None:
+    def _copy_running(self, task: Task, move: Move, patience_s: float) -> None:
         """Send what a running container has until little changes from pass to pass."""
         before_s = 0.0
         while len(move.passes) < _MOST_PASSES:
             number = len(move.passes) + 1
             task.step(_words(move.passes, number))
-            move.link.keep_trying(lambda: self._pass(task, move, self._live_views(move)), patience_s)
+            move.link.keep_trying(
+                lambda: self._sender.send_pass(task, move, self._sender.live_views(move)), patience_s
+            )
             fault.point("migrate.pass.done")
             seconds = move.passes[-1]["seconds"]
             if seconds <= _QUICK_S or (number > 2 and seconds > _SHRINKING * before_s):
@@ -225,145 +197,12 @@ class Outgoing:
             if self._host.live.running(move.record.id) is None:
                 return
 
-    @contextlib.contextmanager
-    def _live_views(self, move: _Move) -> Iterator[dict[str, RootSpec]]:
-        # It runs, so they are active already, and stay so.
-        yield {volume: driver.activate(volume) for driver, volume in move.volumes}
-
-    @contextlib.contextmanager
-    def _views(self, move: _Move, snapshot: str) -> Iterator[dict[str, RootSpec]]:
-        with contextlib.ExitStack() as views:
-            yield {
-                volume: views.enter_context(driver.opened(volume, snapshot))
-                for driver, volume in move.volumes
-            }
-
-    @contextlib.contextmanager
-    def _copied_state(self, task: Task, move: _Move) -> Iterator[str]:
-        """Give the name of the state that a copy is made of."""
-        record = move.record
-        if move.streams:
-            yield ""
-        elif self._host.live.running(record.id) is None:
-            self._host.live.wait_settled(record.id, _SETTLE_S)
-            self._host.release(record.id)
-            yield ""
-        else:
-            with self._snapshots.temporary(task, record) as name:
-                yield name
-
-    def _pass(
-        self, task: Task, move: _Move, views: "contextlib.AbstractContextManager[dict[str, RootSpec]]"
-    ) -> None:
-        began_s, sent_before = time.monotonic(), move.link.sent_bytes
-        if move.streams:
-            self._send_streams(task, move)
-        else:
-            with views as shown:
-                for volume, view in shown.items():
-                    self._send(task, move, volume, view)
-        seconds = time.monotonic() - began_s
-        sent = move.link.sent_bytes - sent_before
-        move.passes.append(
-            {
-                "pass": len(move.passes) + 1, "seconds": round(seconds, 3), "sent_bytes": sent,
-                "rate_bytes_s": round(sent / seconds) if seconds else None,
-            }
-        )  # fmt: skip
-
-    def _send(self, task: Task, move: _Move, volume: str, view: RootSpec, *, kept: bool = False) -> None:
-        """Make the copy of a volume over there what the view shows; what is `kept` never changes."""
-        jobs = self._host.jobs_for(move.record)
-        mark = None if kept else PassMark(view)
-        since = move.marks.get(volume)
-        if mark is not None:
-            # A pass that is cut short has sent some of what it saw: what changes from here on is listed next.
-            move.marks.setdefault(volume, mark)
-        if since is not None:
-            self._run(move, volume, "listed", partial(send_tree, jobs, task, view, since=since, mark=mark))
-        # What stands there already is of another build of the template, or of another time, and may look the
-        # same without being it.
-        mode = "all" if volume in move.plain else "content"
-        first = mark if since is None else None
-        self._run(move, volume, mode, partial(send_tree, jobs, task, view, mark=first))
-        move.plain.add(volume)
-        if mark is not None:
-            move.marks[volume] = mark
-
-    def _run(self, move: _Move, volume: str, mode: str, send: Callable[..., None]) -> None:
-        move.link.transfer(
-            "sync", lambda exchange: send(exchange=exchange, mode=mode), volume=volume, mode=mode
-        )
-
-    def _send_state(self, task: Task, move: _Move, snapshot: OfferedSnapshot) -> None:
-        if snapshot.name in move.link.begun["kept"]:
-            return
-        for driver, volume in move.volumes:
-            if volume not in snapshot.parents:
-                continue
-            parent = snapshot.parents[volume]
-            if parent:
-                move.link.call("turn", volume=volume, snapshot=parent)
-            if move.streams:
-                self._stream(move, driver, volume, snapshot.name, parent or self._last_kept(move, volume))
-                continue
-            move.marks.pop(volume, None)
-            move.plain.discard(volume)
-            with driver.opened(volume, snapshot.name) as view:
-                self._send(task, move, volume, view, kept=True)
-        move.link.call("keep", snapshot=snapshot.name)
-        move.link.begun["kept"].append(snapshot.name)
-
-    def _last_kept(self, move: _Move, volume: str) -> str:
-        """Return the last snapshot that the target has of a volume, empty for none."""
-        kept = [one.name for one in move.offer.snapshots if volume in one.parents]
-        return next((name for name in reversed(kept) if name in move.link.begun["kept"]), "")
-
-    def _send_streams(self, task: Task, move: _Move) -> None:
-        """Send the present state of all volumes, as of one moment, as what differs from the last one."""
-        name, _ = self._snapshots.take_temporary(task, move.record)
-        try:
-            for driver, volume in move.volumes:
-                self._stream(move, driver, volume, name, move.sent_state or self._last_kept(move, volume))
-        except BaseException:
-            self._snapshots.forget_temporary(move.record, name)
-            raise
-        self._forget_state(move)
-        move.sent_state = name
-
-    def _forget_state(self, move: _Move) -> None:
-        if move.sent_state:
-            # The container may be gone by now, and this with it.
-            with contextlib.suppress(SysctrError):
-                self._snapshots.forget_temporary(move.record, move.sent_state)
-            move.sent_state = ""
-
-    def _stream(self, move: _Move, driver: Driver, volume: str, snapshot: str, base: str) -> None:
-        streams = cast(Streams, driver)
-        move.link.transfer(
-            "stream", lambda exchange: send_stream(streams, volume, snapshot, base, exchange),
-            volume=volume, snapshot=snapshot,
-        )  # fmt: skip
-
-    def _turn(self, move: _Move, patience_s: float) -> None:
-        """Let the copies of all volumes stand on the snapshot that the originals go back to."""
-        known = {one.name for one in move.offer.snapshots}
-        for driver, volume in move.volumes:
-            move.marks.pop(volume, None)
-            if known:
-                move.plain.discard(volume)
-            parent = driver.parent(volume)
-            if parent in known:
-                move.link.keep_trying(
-                    lambda v=volume, p=parent: move.link.call("turn", volume=v, snapshot=p), patience_s
-                )
-
-    def _stop(self, task: Task, move: _Move) -> float | None:
+    def _stop(self, task: Task, move: Move, options: Options) -> float | None:
         """End the container; returns when that began, None for one that did not run."""
         host, number = self._host, move.record.id
         ran = host.live.running(number) is not None
         again = self._lifecycle.reboots(number)
-        start = move.options.start or ran or again
+        start = options.start or ran or again
         entry = self._entry(move.link.mid)
         self._journal.write(entry, phase=Source.STOPPED.value, ran=ran or again, start=start)
         fault.point("migrate.stopping")
@@ -378,7 +217,7 @@ class Outgoing:
         fault.point("migrate.stopped")
         return began_s if ran or again else None
 
-    def _decide(self, move: _Move) -> Entry:
+    def _decide(self, move: Move, options: Options) -> Entry:
         """Give the container up: the commit point. From here on it is the target's."""
         host, number, mid = self._host, move.record.id, move.link.mid
         with self.deciding:
@@ -386,10 +225,10 @@ class Outgoing:
             runs = host.live.running(number) is not None
             if not handover.may_commit(
                 entry["phase"], alive=mid in self._alive, answer="prepared", runs_now=runs,
-                copy=move.options.copy,
+                copy=options.copy,
             ):  # fmt: skip
                 raise WrongState(f"cannot move {move.record.title}: it is {entry['phase']} by now")
-            if move.options.copy:
+            if options.copy:
                 return self._journal.write(entry, phase=Source.COMMITTED.value)
             host.store.update(number, away=away_facts(entry))
             fault.point("migrate.away")
