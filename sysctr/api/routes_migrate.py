@@ -4,6 +4,7 @@ from typing import Any
 
 from sysctr.api.fields import Array, Boolean, Field, Nullable, Number, Table, Text
 from sysctr.api.route import Call, Route
+from sysctr.engine.replication import LEAST_EVERY_S
 
 _NAME = Text(63)
 _PEER = Field("peer", _NAME, "name of the other host, as in `sysctr peer list`", required=True)
@@ -52,6 +53,38 @@ MIGRATE_ROUTES: tuple[Route, ...] = (
         lambda engine, call: engine.migrations.resolve(call.path["id"], call.body.get("keep")),
         "settle a migration: by talking to the peer, or as the administrator decides",
         (Field("keep", Nullable(Text(5, choices=("here", "there"))), "who has the container from now on"),),
+        answer="task", status=202,
+    ),
+    # Replicas
+    Route(
+        "POST", "/1/containers/{ref}/replicate",
+        lambda engine, call: engine.replication.replicate(call.ref, _given(call)),
+        "keep a replica of a container on a peer, brought up to date now and then",
+        (
+            _PEER,
+            Field("every_s", Nullable(Number(LEAST_EVERY_S, 31 * 86400, whole=False)), "how often (900)"),
+            *(one for one in _WISHES if one.name in ("pool_map", "bridge_map", "leave_out", "bwlimit_bytes")),
+        ),
+        answer="task", status=202,
+    ),
+    Route(
+        "DELETE", "/1/containers/{ref}/replicate",
+        lambda engine, call: engine.replication.stop(call.ref, **call.body),
+        "end the replication of a container and remove the replica, or a replica that is here",
+        (Field("force", Boolean(), "even if the peer cannot be told"),), answer="task", status=202,
+    ),
+    Route(
+        "GET", "/1/replicas", lambda engine, call: {"replicas": engine.replication.list()},
+        "the replicas of containers here on peers, and of others' here", answer="replicas",
+    ),
+    Route(
+        "POST", "/1/replicas/{ref}/promote",
+        lambda engine, call: engine.replication.promote(call.ref, **call.body),
+        "make a container of a replica whose source is lost",
+        (
+            Field("fenced", Boolean(), "its source does not answer, and does not run for certain"),
+            Field("start", Boolean(), "start it at once"),
+        ),
         answer="task", status=202,
     ),
 )  # fmt: skip

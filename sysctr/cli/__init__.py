@@ -25,6 +25,8 @@ COMMANDS = {
     "clone": ("clone", "daily", "make a container of another one"),
     "migrate": ("migrate", "daily", "move containers to another host"),
     "copy": ("migrate", "daily", "make copies of containers on another host"),
+    "replicate": ("replicate", "daily", "keep a copy of a container on another host up to date"),
+    "promote": ("replicate", "daily", "make a container of a replica whose host is lost"),
     "destroy": ("life", "daily", "destroy containers and all that is in them"),
     "info": ("container", "look", "show everything about a container"),
     "status": ("container", "look", "print a container's state in one word"),

@@ -55,11 +55,11 @@ def _both_arguments(parser: "argparse.ArgumentParser", verb: str) -> None:
     )  # fmt: skip
     for kind in ("pool", "bridge"):
         parser.add_argument(
-            f"--{kind}-map", metavar="HERE=THERE", action="append", default=[], type=_pair,
+            f"--{kind}-map", metavar="HERE=THERE", action="append", default=[], type=pair,
             help=f"the {kind} there for a {kind} here; again for more (default: the one of the same name)",
         )  # fmt: skip
     parser.add_argument(
-        "--leave-out", metavar="WHAT", action="append", default=[], type=_foreign,
+        "--leave-out", metavar="WHAT", action="append", default=[], type=foreign,
         help="leave out what it has of this host: bind, device; or both with a comma",
     )  # fmt: skip
     parser.add_argument(
@@ -108,7 +108,8 @@ def _copy_arguments(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--start", action="store_true", help="start the copy at once")
 
 
-def _pair(text: str) -> "tuple[str, str]":
+def pair(text: str) -> "tuple[str, str]":
+    """Read HERE=THERE."""
     here, _, there = text.partition("=")
     if not here or not there or "=" in there:
         import argparse
@@ -117,7 +118,8 @@ def _pair(text: str) -> "tuple[str, str]":
     return here, there
 
 
-def _foreign(text: str) -> "list[str]":
+def foreign(text: str) -> "list[str]":
+    """Read what of the host can be left out."""
     kinds = [kind.strip() for kind in text.split(",")]
     if not all(kind in _FOREIGN for kind in kinds):
         import argparse
@@ -126,7 +128,8 @@ def _foreign(text: str) -> "list[str]":
     return kinds
 
 
-def _mapping(pairs: "list[tuple[str, str]]", option: str) -> "dict[str, str]":
+def mapping(pairs: "list[tuple[str, str]]", option: str) -> "dict[str, str]":
+    """Return what is mapped to what; nothing is mapped twice."""
     mapping: dict[str, str] = {}
     for here, there in pairs:
         if mapping.setdefault(here, there) != there:
@@ -139,8 +142,8 @@ def _body(arguments: "argparse.Namespace", peer: str) -> "dict[str, Any]":
     wanted = {
         "id": arguments.id, "name": arguments.name, "start": arguments.start, "dry_run": arguments.dry_run,
         "restart": getattr(arguments, "restart", False), "keep": getattr(arguments, "keep", False),
-        "pool_map": _mapping(arguments.pool_map, "--pool-map"),
-        "bridge_map": _mapping(arguments.bridge_map, "--bridge-map"),
+        "pool_map": mapping(arguments.pool_map, "--pool-map"),
+        "bridge_map": mapping(arguments.bridge_map, "--bridge-map"),
         "leave_out": sorted({kind for kinds in arguments.leave_out for kind in kinds}),
     }  # fmt: skip
     given = {key: value for key, value in wanted.items() if value not in (None, False, {}, [])}
@@ -179,7 +182,7 @@ def _send(arguments: "argparse.Namespace", client: "Client", verb: str) -> int:
             f"cannot {verb} several containers with one {'--as' if arguments.id is not None else '--name'}",
             "leave it out, or take them one by one",
         )
-    body = _body(arguments, _known_peer(client, typed, verb, selected))
+    body = _body(arguments, known_peer(client, typed, verb, selected))
     if not selected and not arguments.quiet:
         notice(f"nothing to {verb}")
     # One disk and one wire are no faster for two.
@@ -226,7 +229,7 @@ def _sum_up(started: "list[Submitted]", arguments: "argparse.Namespace", verb: s
     return errors.Blocked.exit_code if blocked else 0
 
 
-def _known_peer(client: "Client", typed: str, verb: str, selected: "list[Selected]") -> str:
+def known_peer(client: "Client", typed: str, verb: str, selected: "list[Selected]") -> str:
     """Return the peer as the API is asked for it; one that there is not is an error before anything moves."""
     peers: list[dict[str, Any]] = field(client.get(path("peers")), "peers")
     names = [str(peer["name"]) for peer in peers]
@@ -298,7 +301,7 @@ def _resolve(arguments: "argparse.Namespace", client: "Client") -> int:
         )
     keep = "here" if arguments.here else "there" if arguments.there else None
     found: list[dict[str, Any]] = field(client.get(path("migrations")), "migrations")
-    chosen = {ref: _migration(found, ref) for ref in dict.fromkeys(arguments.containers)}
+    chosen = {ref: _migration(client, found, ref) for ref in dict.fromkeys(arguments.containers)}
     if keep is not None and not arguments.yes:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise errors.UsageError(
@@ -328,10 +331,15 @@ def _still(one: "dict[str, Any]") -> str:
     return f"{_titled(one)} is still {str(one['state']).replace('-', ' ')} ({one['phase']}){problem}"
 
 
-def _migration(found: "list[dict[str, Any]]", ref: str) -> "dict[str, Any]":
+def _migration(client: "Client", found: "list[dict[str, Any]]", ref: str) -> "dict[str, Any]":
     """Return the migration of a container, by its id or name, or by the id of the migration."""
     meant = [one for one in found if ref in (str(one["id"]), str(one.get("container")), one["name"])]
     if not meant:
+        # One that was moved and kept: nothing of it is open, and what its record says can be taken back.
+        here = field(client.get(path("containers")), "containers")
+        kept = next((one for one in here if one.get("away") and ref in (str(one["id"]), one["name"])), None)
+        if kept is not None:
+            return {**kept, "id": str(kept["id"]), "role": "source", "peer": kept["away"].get("name")}
         raise errors.NotFound(
             f"cannot resolve {ref}: it is in no migration", "`sysctr migrations` lists what is in doubt"
         )

@@ -61,12 +61,12 @@ class Backups:
         self._host = host
         self._lifecycle = lifecycle
         self._snapshots = snapshots
-        self._states = States(host, lifecycle, snapshots, journal)
+        self.states = States(host, lifecycle, snapshots, journal)
 
     def sweep(self) -> None:
         """Remove what a crash left of backups."""
         partial.sweep(self._host.where)
-        self._states.sweep()
+        self.states.sweep()
 
     def check(self, record: Record, options: BackupOptions) -> None:
         """Raise what can be told before anything is done."""
@@ -104,7 +104,7 @@ class Backups:
     def _write(
         self, task: Task, record: Record, options: BackupOptions, out_fd: int, expected_bytes: int
     ) -> tuple[Written, float | None]:
-        with self._states.of(task, record, stop=options.mode == "stop") as state:
+        with self.states.of(task, record, stop=options.mode == "stop") as state:
             config = record.usable("back up")
             mounts = [
                 (mount.target, state.mounts[mount.index])

@@ -29,6 +29,8 @@ from sysctr.engine.peers import Peers
 from sysctr.engine.pools import HOME
 from sysctr.engine.proxmox import Proxmox
 from sysctr.engine.record import Record
+from sysctr.engine.replica import Replicas
+from sysctr.engine.replication import Replication
 from sysctr.engine.tasks import Task, TaskRunner
 from sysctr.engine.view import View
 from sysctr.errors import NotFound, UsageError, WrongState
@@ -62,6 +64,11 @@ class Engine:
         self.migrations = Migrations(
             self._host, self._lifecycle, self._creation, self.history.snapshots_of, self.peers
         )
+        replicas = Replicas(self._host, self.migrations.journal, self.migrations.incoming, self.peers)
+        self.replication = Replication(
+            self._host, self._lifecycle, self.history.snapshots_of, self.history.backups.states, self.peers,
+            replicas,
+        )  # fmt: skip
         self.backup_jobs = BackupJobs(self._host, self.archiving, self.archive.start)
         self._view = View(self._host)
         self._doors = Doors(self._host)
@@ -102,9 +109,11 @@ class Engine:
         self.backup_jobs.open()
         self.peers.open()
         self.migrations.open()
+        self.replication.open()
 
     def close(self) -> None:
         """Let go; containers run on."""
+        self.replication.close()
         self.migrations.close()
         self.peers.close()
         self.backup_jobs.close()
@@ -371,7 +380,7 @@ class Engine:
 
     def notices(self) -> "list[str]":
         """Return what whoever looks at the containers should know: what runs out of room, what failed."""
-        return [*self._disks.notices(), *self.backup_jobs.notices()]
+        return [*self._disks.notices(), *self.backup_jobs.notices(), *self.replication.notices()]
 
     def disk_usage(self) -> "list[dict]":
         """Return what each container takes of which pool, and what limits it."""

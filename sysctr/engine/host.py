@@ -60,8 +60,8 @@ class Host:
         self.stage = f"{where.run}/stage"
         self.mounts = Mounts(self)
         self.os_release = _read_os_release()
-        # Raises what speaks against an action, such as "start" or "destroy", on a container.
-        self.guard: Callable[[str, Record], None] = lambda verb, record: None
+        # Each raises what speaks against an action, such as "start" or "destroy", on a container.
+        self.guards: list[Callable[[str, Record], None]] = []
         self._seccomp: bytes | None = None
         self._seccomp_lock = threading.Lock()
         self._templates: dict[str, Template] = {}
@@ -177,6 +177,11 @@ class Host:
                     of_container = self.live.running(number) or number in working
                     if not (of_container if number else self.mounts.is_used(name, volume)):
                         driver.deactivate(volume)
+
+    def guard(self, verb: str, record: Record) -> None:
+        """Raise what speaks against an action on a container."""
+        for guard in self.guards:
+            guard(verb, record)
 
     def run_of(self, container_id: int) -> Live | None:
         """Return the container's Live if it runs, having waited for the rest of an end or a reboot inside.

@@ -144,8 +144,10 @@ def draft_record(entry: Entry) -> Record:
     record = dataclasses.replace(record, guest=guest)
     if offer.wishes.copy:
         return record
+    # A promoted replica has a higher one than what may come back of its source.
+    generation = int(entry.get("generation") or offer.generation)
     return dataclasses.replace(
-        record, uuid=offer.uuid, generation=offer.generation, created=offer.created
+        record, uuid=offer.uuid, generation=generation, created=offer.created
     )
 
 

@@ -82,15 +82,19 @@ def _count(blockers: "list[dict[str, str]]") -> str:
     return "one thing is" if len(blockers) == 1 else f"{len(blockers)} things are"
 
 
-def judge(host: Host, peer: Peer, offer: Offer) -> Verdict:
-    """Say what becomes of an offer, and find everything that stands in the way. Nothing is changed."""
+def judge(host: Host, peer: Peer, offer: Offer, *, replaced: int | None = None) -> Verdict:
+    """Say what becomes of an offer, and find everything that stands in the way. Nothing is changed.
+
+    `replaced` is the number of an earlier copy that it brings up to date.
+    """
     wishes = offer.wishes
-    verdict = Verdict(_number(host, offer), wishes.name or offer.name)
+    verdict = Verdict(replaced or _number(host, offer), wishes.name or offer.name)
     if not peer.may_send:
         verdict.block("peer", f"{peer.name} may not send containers here", "`sysctr peer restrict` there")
     if offer.arch != platform.machine():
         verdict.block("architecture", f"it is {offer.arch}, and this host is {platform.machine()}")
-    _judge_identity(host, offer, verdict)
+    if replaced is None:
+        _judge_identity(host, offer, verdict)
     _judge_pools(host, peer, offer, verdict)
     _judge_devices(host, offer, verdict)
     try:

@@ -24,6 +24,9 @@ SCHEMA = 1
 MID = re.compile(r"[0-9a-f]{16}")
 _LARGEST_BYTES = 16 << 20
 
+# Roles in which this host has what was received, and a number that is reserved for it.
+ARRIVING = ("target", "replica")
+
 Entry = dict[str, Any]
 
 
@@ -51,7 +54,7 @@ class MigrationJournal:
             entry = json.loads(data)
             if entry["schema"] > SCHEMA:
                 raise ValueError(f"a newer sysctr wrote it (schema {entry['schema']})")
-            if entry["id"] != mid or entry["role"] not in ("source", "target"):
+            if entry["id"] != mid or entry["role"] not in ("source", *ARRIVING):
                 raise ValueError("it is that of another migration")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.error("migration %s: its journal cannot be read: %s", mid, error)
@@ -88,14 +91,14 @@ class MigrationJournal:
         with self._lock:
             return self._entries.get(mid)
 
-    def all(self, role: str = "") -> list[Entry]:
-        """Return every entry, or those in which this host is the source or the target."""
+    def all(self, *roles: str) -> list[Entry]:
+        """Return every entry, or those in which this host has one of these roles."""
         with self._lock:
-            return [entry for entry in self._entries.values() if role in ("", entry["role"])]
+            return [entry for entry in self._entries.values() if not roles or entry["role"] in roles]
 
     def of(self, number: int) -> Entry | None:
         """Return the entry of a container here, None where it is not on its way."""
-        return next((entry for entry in self.all() if entry["number"] == number), None)
+        return next((entry for entry in self.all("source", "target") if entry["number"] == number), None)
 
     def _path(self, mid: str) -> str:
         return f"{self._directory}/{mid}.json"

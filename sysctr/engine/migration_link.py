@@ -25,8 +25,17 @@ _Answer = TypeVar("_Answer")
 class Link:
     """Talks about one migration; whoever gives it work may be called again after a broken connection."""
 
-    def __init__(self, peers: Peers, peer: Peer, mid: str, offer: dict[str, Any], task: Task) -> None:
+    def __init__(
+        self,
+        peers: Peers,
+        peer: Peer,
+        mid: str,
+        offer: dict[str, Any],
+        task: Task,
+        begin: str = "migrate.begin",
+    ) -> None:
         self.name = peer.name
+        self._begin = begin
         # Its name may change.
         self._peer_id = peer.id
         self.mid = mid
@@ -50,7 +59,7 @@ class Link:
         self.close()
         channel = self._peers.connect(self._peer_id)
         try:
-            self.begun = channel.call("migrate.begin", _ANSWER_S, id=self.mid, offer=self._offer)
+            self.begun = channel.call(self._begin, _ANSWER_S, id=self.mid, offer=self._offer)
         except BaseException:
             channel.close()
             raise
@@ -59,10 +68,14 @@ class Link:
 
     def call(self, op: str, timeout_s: float = _ANSWER_S, **fields: Any) -> dict[str, Any]:
         """Send a message about this migration and return the answer."""
+        return self.call_as(f"migrate.{op}", timeout_s, **fields)
+
+    def call_as(self, op: str, timeout_s: float = _ANSWER_S, **fields: Any) -> dict[str, Any]:
+        """Send any message that names this migration, and return the answer."""
         if self._channel is None:
             self.open()
         assert self._channel is not None
-        return self._channel.call(f"migrate.{op}", timeout_s, id=self.mid, **fields)
+        return self._channel.call(op, timeout_s, id=self.mid, **fields)
 
     def transfer(
         self, op: str, move: Callable[[Callable[[int, int], None]], Any], **fields: Any

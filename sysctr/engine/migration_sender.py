@@ -80,15 +80,21 @@ class Sender:
                 yield name
 
     def send_pass(
-        self, task: Task, move: Move, views: "contextlib.AbstractContextManager[dict[str, RootSpec]]"
+        self,
+        task: Task,
+        move: Move,
+        views: "contextlib.AbstractContextManager[dict[str, RootSpec]]",
+        *,
+        kept: bool = False,
     ) -> None:
+        """Send all volumes once; views that are `kept` never change, and no pass follows."""
         began_s, sent_before = time.monotonic(), move.link.sent_bytes
         if move.streams:
             self._send_streams(task, move)
         else:
             with views as shown:
                 for volume, view in shown.items():
-                    self._send(task, move, volume, view)
+                    self._send(task, move, volume, view, kept=kept)
         seconds = time.monotonic() - began_s
         sent = move.link.sent_bytes - sent_before
         move.passes.append(

@@ -139,6 +139,9 @@ class Survey:
         def block(what: str, text: str, hint: str = "") -> None:
             found.append({"what": what, "text": text, "hint": hint})
 
+        if record.replica is not None and not options.copy:
+            block("replica", f"its replica on {record.replica['name']} would be left alone",
+                  f"`sysctr replicate {record.name} --stop` first")  # fmt: skip
         if not peer.may_receive:
             block("peer", f"no containers may be sent to {peer.name}", "`sysctr peer restrict` allows it")
         if offer.running and not (options.restart or options.copy):

@@ -22,7 +22,7 @@ from sysctr.engine.migration_check import (
     refuse_blocked,
     volume_names,
 )
-from sysctr.engine.migration_journal import MID, Entry, MigrationJournal
+from sysctr.engine.migration_journal import ARRIVING, MID, Entry, MigrationJournal
 from sysctr.engine.migration_offer import Offer, OfferedSnapshot, parse_offer
 from sysctr.engine.migration_streams import receive_stream
 from sysctr.engine.peer_records import Peer
@@ -74,12 +74,12 @@ class Incoming:
     def begin(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Reserve what a container needs and make its volumes; one that was begun already goes on."""
         mid = _mid(message)
-        self._take_over(mid, channel)
-        with self._working(mid) as session:
+        self.take_over(mid, channel)
+        with self.working(mid) as session:
             session.channel = channel
             entry = self._journal.get(mid)
             if entry is None:
-                entry = self._reserve(peer, mid, parse_offer(message["offer"]))
+                entry = self.reserve(peer, mid, parse_offer(message["offer"]))
             else:
                 self._check(entry, peer)
                 verdict = handover.target_accepts(entry["phase"], "begin")
@@ -175,7 +175,7 @@ class Incoming:
 
     def prepare(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
         """Get ready to own the container: all of it is on the disk, and now only the source decides."""
-        with self._of(peer, message) as (entry, session):
+        with self.known(peer, message) as (entry, session):
             if entry is None:
                 return {"answer": "unknown"}
             offer = parse_offer(entry["offer"])
@@ -192,7 +192,7 @@ class Incoming:
 
     def commit(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
         """Own the container: make it, and start it where that is wished."""
-        with self._of(peer, message) as (entry, session):
+        with self.known(peer, message) as (entry, session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "commit")
             if not verdict.allowed or entry is None:
                 return {"answer": verdict.answer}
@@ -203,16 +203,16 @@ class Incoming:
         """Remove all that was received; one that is unknown was removed already."""
         entry = self._journal.get(_mid(message))
         if entry is not None and peer.id == entry["peer"]:
-            self._take_over(entry["id"], channel)
-        with self._of(peer, message) as (entry, _session):
+            self.take_over(entry["id"], channel)
+        with self.known(peer, message) as (entry, _session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "abort")
             if entry is not None and verdict.allowed:
-                self._undo(entry)
+                self.discard(entry)
             return {"answer": verdict.answer}
 
     def forget(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
         """Drop the journal of a container that was taken: its source knows."""
-        with self._of(peer, message) as (entry, _session):
+        with self.known(peer, message) as (entry, _session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "forget")
             if entry is not None and verdict.allowed:
                 self._journal.remove(entry["id"])
@@ -222,14 +222,14 @@ class Incoming:
 
     def recover(self) -> None:
         """Hold again what was being received when the last daemon died, and finish what is ours."""
-        for entry in self._journal.all("target"):
+        for entry in self._journal.all(*ARRIVING):
             number = entry["number"]
             reserved = number in self._host.store.reserved() and self._host.store.adopt(number)
             action = handover.recover_target(entry["phase"])
             if action is Action.FINISH and reserved:
                 self._arrival.create(entry, [])
             elif action is Action.DISCARD:
-                self._undo(entry)
+                self.discard(entry)
             elif action is Action.WAIT and not reserved:
                 # Its reservation is lost, and what it had with it.
                 log.error("migration %s: nothing is left here of container %d", entry["id"], number)
@@ -237,14 +237,14 @@ class Incoming:
 
     def told(self, mid: str, outcome: handover.Outcome, start: bool) -> None:
         """Act on what the source says became of a migration."""
-        with self._working(mid) as session:
+        with self.working(mid) as session:
             entry = self._journal.get(mid)
             if entry is None:
                 return
             action = handover.target_on_outcome(entry["phase"], outcome)
             if action is Action.DISCARD:
                 log.info("%d: removing what %s did not hand over", entry["number"], entry["peer_name"])
-                self._undo(entry)
+                self.discard(entry)
             elif action in (Action.CREATE, Action.FINISH):
                 session.confirmed = True
                 self._finish(entry, start=start)
@@ -254,7 +254,7 @@ class Incoming:
 
     def decide_here(self, mid: str, *, raises_generation: bool) -> None:
         """Own the container because the administrator says so."""
-        with self._working(mid) as session:
+        with self.working(mid) as session:
             entry = self._journal.get(mid)
             if entry is not None:
                 session.confirmed = True
@@ -265,10 +265,10 @@ class Incoming:
 
     def decide_there(self, mid: str) -> None:
         """Remove the copy because the administrator says so."""
-        with self._working(mid):
+        with self.working(mid):
             entry = self._journal.get(mid)
             if entry is not None:
-                self._undo(entry)
+                self.discard(entry)
 
     def undo(self, mid: str) -> None:
         """Remove what is left of a copy that is not wanted."""
@@ -286,7 +286,8 @@ class Incoming:
 
     # Inside
 
-    def _reserve(self, peer: Peer, mid: str, offer: Offer) -> Entry:
+    def reserve(self, peer: Peer, mid: str, offer: Offer, role: str = "target") -> Entry:
+        """Reserve what a container needs, and make its volumes."""
         host = self._host
         verdict = judge(host, peer, offer)
         refuse_blocked(offer.name, verdict.blockers)
@@ -296,7 +297,7 @@ class Incoming:
             idmap = host.store.allocate_ids(number)
             names = volume_names(offer, number)
             entry: Entry = {
-                "id": mid, "role": "target", "phase": Target.RECEIVING.value, "number": number,
+                "id": mid, "role": role, "phase": Target.RECEIVING.value, "number": number,
                 "name": verdict.name, "peer": peer.id, "peer_name": peer.name,
                 "offer": offer.as_dict(), "text": verdict.text, "template": verdict.template,
                 "pool": verdict.pool, "idmap": [idmap.first, idmap.count], "kept": [], "guest": None,
@@ -346,7 +347,7 @@ class Incoming:
         task.wait(_HANDOVER_S)
         return "" if task.state == "done" else (task.error or {}).get("message", "it takes very long")
 
-    def _undo(self, entry: Entry) -> None:
+    def discard(self, entry: Entry) -> None:
         """Remove all that was received of a container; twice is fine."""
         host, number = self._host, entry["number"]
         with contextlib.suppress(SysctrError):  # on a full disk the room comes from what is removed
@@ -364,14 +365,15 @@ class Incoming:
         with self._lock:
             return self._sessions.setdefault(mid, _Session())
 
-    def _take_over(self, mid: str, channel: Channel) -> None:
+    def take_over(self, mid: str, channel: Channel) -> None:
         """End the connection that worked on a migration: that it broke may not be known here yet."""
         stale = self._session(mid).channel
         if stale is not None and stale is not channel:
             stale.abort()
 
     @contextlib.contextmanager
-    def _working(self, mid: str) -> Iterator[_Session]:
+    def working(self, mid: str) -> Iterator[_Session]:
+        """Give what is known of a migration since this daemon began, to one at a time."""
         session = self._session(mid)
         if not session.lock.acquire(timeout=_HANDOVER_S):
             raise WrongState(f"cannot go on with migration {mid}: something works on it")
@@ -384,26 +386,26 @@ class Incoming:
                     self._sessions.pop(mid, None)
 
     @contextlib.contextmanager
-    def _of(self, peer: Peer, message: dict[str, Any]) -> Iterator[tuple[Entry | None, _Session]]:
+    def known(self, peer: Peer, message: dict[str, Any]) -> Iterator[tuple[Entry | None, _Session]]:
         """Give the entry that a message is about, None where it is unknown."""
         mid = _mid(message)
-        with self._working(mid) as session:
+        with self.working(mid) as session:
             entry = self._journal.get(mid)
             # Of others' migrations nobody is told.
-            known = entry is not None and entry["role"] == "target" and peer.id == entry["peer"]
+            known = entry is not None and entry["role"] in ARRIVING and peer.id == entry["peer"]
             yield (entry if known else None), session
 
     @contextlib.contextmanager
     def _receiving(self, peer: Peer, message: dict[str, Any]) -> Iterator[tuple[Entry, _Session]]:
         """Give the entry that a message is about, where its volumes may be changed."""
-        with self._of(peer, message) as (entry, session):
+        with self.known(peer, message) as (entry, session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "sync")
             if entry is None or not verdict.allowed:
                 raise WrongState(f"cannot go on with migration {_mid(message)}: it is {verdict.answer} there")
             yield entry, session
 
     def _check(self, entry: Entry, peer: Peer) -> None:
-        if entry["role"] != "target" or not peer.id == entry["peer"]:
+        if entry["role"] not in ARRIVING or peer.id != entry["peer"]:
             # As if there were none: of others' migrations nobody is told.
             raise NotFound(f"cannot go on with migration {entry['id']}: it is unknown here")
 

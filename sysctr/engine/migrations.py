@@ -15,7 +15,7 @@ from sysctr.engine.creation import Creation
 from sysctr.engine.handover import Action, Side, Source, Target
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
-from sysctr.engine.migration_journal import Entry, MigrationJournal
+from sysctr.engine.migration_journal import ARRIVING, Entry, MigrationJournal
 from sysctr.engine.migration_source import Outgoing, away_facts
 from sysctr.engine.migration_survey import Options
 from sysctr.engine.migration_target import Incoming
@@ -51,11 +51,11 @@ class Migrations:
         self._peers = peers
         self.journal = MigrationJournal(host.where)
         self._outgoing = Outgoing(host, lifecycle, creation, snapshots, peers, self.journal)
-        self._incoming = Incoming(host, lifecycle, self.journal, creation.discard_volumes)
+        self.incoming = self._incoming = Incoming(host, lifecycle, self.journal, creation.discard_volumes)
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        host.guard = self._guard
+        host.guards.append(self._guard)
         peers.guards.append(self._refuse_forgetting)
         peers.register("migrate.check", Shape({"offer": Anything()}), self._incoming.check)
         for op, fields, handler in (
@@ -77,7 +77,7 @@ class Migrations:
     def load(self) -> frozenset[int]:
         """Read what was under way; returns the numbers that are reserved for containers on their way here."""
         self.journal.load()
-        return frozenset(entry["number"] for entry in self.journal.all("target"))
+        return frozenset(entry["number"] for entry in self.journal.all(*ARRIVING))
 
     def settle(self) -> None:
         """Hold again what was on its way here when the last daemon died."""
@@ -102,14 +102,17 @@ class Migrations:
     def _follow(self) -> None:
         wait_s = _SOON_S
         while not self._closing:
-            open_entries = [entry for entry in self.journal.all() if not self._worked_on(entry)]
+            open_entries = [entry for entry in self._open() if not self._worked_on(entry)]
             left = [entry for entry in open_entries if not self._settled(entry)]
-            any_at_all = bool(self.journal.all())
+            any_at_all = bool(self._open())
             if self._wake.wait(wait_s if any_at_all else None):
                 self._wake.clear()
                 wait_s = _SOON_S
             elif left:
                 wait_s = min(wait_s * 1.5, _SELDOM_S)
+
+    def _open(self) -> "list[Entry]":
+        return self.journal.all("source", "target")
 
     def _worked_on(self, entry: Entry) -> bool:
         if entry["role"] == "source":
@@ -226,7 +229,7 @@ class Migrations:
 
     def list(self) -> "list[dict[str, Any]]":
         """Return every migration that is under way or in doubt."""
-        return [self._shown(entry) for entry in self.journal.all()]
+        return [self._shown(entry) for entry in self._open()]
 
     def _shown(self, entry: Entry) -> dict[str, Any]:
         phase, worked_on = entry["phase"], self._worked_on(entry)
@@ -268,7 +271,7 @@ class Migrations:
 
     def _entry_of(self, ref: str) -> Entry:
         found = [
-            entry for entry in self.journal.all()
+            entry for entry in self._open()
             if ref in (entry["id"], str(entry["number"]), entry["name"])
         ]  # fmt: skip
         if found:

@@ -33,6 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "guest": (dict, type(None)),
     "last_backup": (dict, type(None)),
     "away": (dict, type(None)),
+    "replica": (dict, type(None)),
 }
 _REQUIRED = ("id", "uuid", "name", "created", "idmap_first", "idmap_count")
 
@@ -63,6 +64,8 @@ class Saved:
     # Another host has it, and here it must not run: {"id": of the migration, "peer": that host's id,
     # "name": how it is called here, "time": …}.
     away: dict[str, Any] | None = None
+    # Its copy on another host that is brought up to date now and then: see engine/replication.py.
+    replica: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Engine:
         self.backup_jobs = BackupJobs(self)
         self.migrations = Migrations(self)
         self.peers = Peers(self)
+        self.replication = Replication(self)
 
     def open(self) -> None:
         self.calls.append(("open",))
@@ -368,6 +369,25 @@ class Peers:
 
     def rotate(self) -> dict:
         return {"fingerprint": "", "next": "", "waits_for": []}
+
+
+class Replication:
+    """What the engine does with replicas, as the real one has it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def replicate(self, ref: str, spec: dict) -> Task:
+        return self._engine._act("replicate", ref, spec)
+
+    def stop(self, ref: str, **options: Any) -> Task:
+        return self._engine._act("unreplicate", ref, options)
+
+    def list(self) -> "list[dict]":
+        return []
+
+    def promote(self, ref: str, **options: Any) -> Task:
+        return self._engine._act("promote", ref, options)
 
 
 class Supervisor:
