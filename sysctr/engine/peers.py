@@ -20,6 +20,7 @@ from sysctr.engine.peer_records import JOINING, OFFERED, Book, Peer, check_name
 from sysctr.engine.peer_talk import CERTIFICATE, PROTOCOL, REQUEST_S, Handler, Talk
 from sysctr.engine.peer_tokens import Token, Tokens, as_told, check_expiry, decode, encode, with_port
 from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
+from sysctr.linux import fault
 from sysctr.peer import identity
 from sysctr.peer.channel import Channel, NotTrusted, PeerLost
 from sysctr.peer.dial import DEFAULT_PORT, dial
@@ -52,6 +53,8 @@ class Peers:
         self._closing = threading.Event()
         self._wanted = threading.Event()
         self._upkeep: threading.Thread | None = None
+        # What a join that is under way has written down; of others a daemon that died has left it.
+        self._joining: set[str] = set()
         self.register("peer.rotate", Shape({"certificate": CERTIFICATE}), self._on_rotate)
         self.register("peer.remove", Shape({}), self._on_remove)
 
@@ -184,15 +187,20 @@ class Peers:
                 raise ValueError("it is another one than the token says")
         except ValueError as error:
             raise NotTrusted(f"cannot join {issuer}: its certificate: {error}") from error
-        peer = self._admit(answer["certificate"], name or answer["name"], told.addresses, JOINING)
-        self._listener.adjust()
+        self._joining.add(told.fingerprint)
         try:
-            with self.connect(peer.id) as channel:
-                channel.call("peer.ping", REQUEST_S)
-        except SysctrError as error:
-            if before is None:
-                self._forget(peer)
-            raise type(error)(f"cannot join {issuer}: {error.message}", error.hint) from error
+            peer = self._admit(answer["certificate"], name or answer["name"], told.addresses, JOINING)
+            fault.point("peer.joining")
+            self._listener.adjust()
+            try:
+                with self.connect(peer.id) as channel:
+                    channel.call("peer.ping", REQUEST_S)
+            except SysctrError as error:
+                if before is None:
+                    self._forget(peer)
+                raise type(error)(f"cannot join {issuer}: {error.message}", error.hint) from error
+        finally:
+            self._joining.discard(told.fingerprint)
         if name and peer.name != name:
             self._book.rename(peer.name, name)
         log.info("peer %s: joined", self.get(peer.id).name)
@@ -265,7 +273,9 @@ class Peers:
         if fingerprint == own.fingerprint:
             raise Refused("cannot join: this host made the token", "use it on another host")
         where = with_port(told["addresses"], DEFAULT_PORT)
+        fault.point("peer.consumed")
         peer = self._admit(told["certificate"], told["name"], where, OFFERED)
+        fault.point("peer.offered")
         self._kick()
         log.info("peer %s: joins with a token", peer.name)
         return {"name": os.uname().nodename, "certificate": own.certificate, "version": __version__}
@@ -276,7 +286,8 @@ class Peers:
         with self._lock:
             before = self._book.trusting(fingerprint)
             if before is not None:
-                return self._book.change(before.id, addresses=addresses, accepts=())
+                created = time.time() if before.state == OFFERED else before.created
+                return self._book.change(before.id, addresses=addresses, accepts=(), created=created)
             free = self._book.free_name(name)
             return self._book.put(Peer(free, fingerprint, certificate, addresses, time.time(), state=state))
 
@@ -352,11 +363,10 @@ class Peers:
     def _settle_joins(self) -> None:
         """Finish or undo what was cut off between two hosts that were about to trust each other."""
         for peer in self._book.all():
-            age_s = time.time() - peer.created
-            if peer.state == OFFERED and not 0 <= age_s < _OFFER_S:
+            if peer.state == OFFERED and not 0 <= time.time() - peer.created < _OFFER_S:
                 log.info("peer %s: did not come after it joined", peer.name)
                 self._forget(peer)
-            elif peer.state == JOINING and not 0 <= age_s < REQUEST_S:
+            elif peer.state == JOINING and peer.id not in self._joining:
                 try:
                     with self.connect(peer.id, _QUICK_S) as channel:
                         channel.call("peer.ping", REQUEST_S)

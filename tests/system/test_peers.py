@@ -231,3 +231,32 @@ def test_no_secret_is_left_anywhere(two_nodes: tuple[Node, Node]) -> None:
     for path in (f"{left.layout.peer}/identity.pem", f"{left.layout.peer}/tokens.json"):
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert stat.S_IMODE(os.stat(left.layout.peer).st_mode) == 0o700
+
+
+def fails_at(point: str, node: Node) -> None:
+    """Let the daemon of a node die when it comes to a point."""
+    node.run("daemon", "stop")
+    node.run("daemon", "start", env={"SYSCTR_FAULT": point})
+
+
+def test_a_join_that_is_cut_off_makes_both_trust_or_neither(two_nodes: tuple[Node, Node]) -> None:
+    left, right = two_nodes
+    for point in ("peer.consumed", "peer.offered"):
+        text = token(left)
+        fails_at(point, left)
+        done = right.run("peer", "join", text, check=False)
+        assert (done.status, "cannot talk" in done.err) == (1, True), done
+        assert left.json("peer", "list") == right.json("peer", "list") == []
+        # Whoever listens for nobody is made to listen again, by another one.
+        token(left)
+        again = right.run("peer", "join", text, check=False)
+        assert (again.status, "used already" in again.err) == (5, True), again
+
+    text = token(left)
+    fails_at("peer.joining", right)
+    assert right.run("peer", "join", text, check=False).status == 6
+    assert left.json("peer", "list") == []
+    right.run("daemon", "start")
+    [peer] = wait_until(lambda: left.json("peer", "list"), 20, "the joiner, which goes on")
+    wait_until(lambda: right.json("peer", "list")[0]["state"] == "", what="the end of joining")
+    assert left.json("peer", "show", peer["name"])["reachable"]

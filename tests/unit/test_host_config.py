@@ -40,6 +40,9 @@ def test_all_settings_are_read() -> None:
         bwlimit = "50M"
         keep_last = 3
         keep_weekly = 4
+        [peer]
+        listen = "[::1]:8700"
+        addresses = ["ct1.example.org", "192.0.2.1:8700"]
         [log]
         level = "debug"
     """
@@ -55,6 +58,7 @@ def test_all_settings_are_read() -> None:
     assert (settings.backup.directory, settings.backup.mode) == ("/srv/backups", "snapshot")
     assert (settings.backup.compress, settings.backup.bwlimit_bytes) == ("gzip", 50 << 20)
     assert settings.backup.keep.rules == {"last": 3, "weekly": 4}
+    assert settings.peer == host.PeerSettings("[::1]:8700", ("ct1.example.org", "192.0.2.1:8700"))
     assert settings.log.level == "debug"
 
 
@@ -68,6 +72,10 @@ def test_all_settings_are_read() -> None:
         ({"ids": {"first": 2**31 - 65536, "count": 131072}}, "ids.first"),
         ({"ids": {"first": 0}}, "ids.first"),
         ({"log": {"level": "loud"}}, "one of debug, info"),
+        ({"peer": {"listen": "8645"}}, "peer.listen: '8645' is not off, or an address with its port"),
+        ({"peer": {"listen": "ct1.example.org:8645"}}, "peer.listen: 'ct1.example.org' is not an IP"),
+        ({"peer": {"listen": "[::]:0"}}, "peer.listen: '[::]:0' is not"),
+        ({"peer": {"addresses": ["a b"]}}, "peer.addresses: 'a b' is not an address"),
         ({"backup": {"mode": "fast"}}, "backup.mode: 'fast' is not one of snapshot, suspend, stop"),
         ({"backup": {"mode": ""}}, "backup.mode: '' is not"),
         ({"backup": {"compress": "xz"}}, "backup.compress: 'xz' is not one of zstd, gzip, lzo, none"),
