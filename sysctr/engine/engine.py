@@ -210,7 +210,8 @@ class Engine:
 
     def doctor(self) -> "list[dict]":
         """Check the host and say how to mend what is wrong."""
-        return [*self._view.doctor(), *self.history.checks(), *self.backup_jobs.checks()]
+        parts = (self.history, self.backup_jobs, self.peers)
+        return [*self._view.doctor(), *(check for part in parts for check in part.checks())]
 
     # Doing
 

@@ -105,6 +105,21 @@ class Peers:
             "fingerprint": fingerprint, "listen": self._listener.address, "problem": self._listener.problem
         }  # fmt: skip
 
+    def checks(self) -> "list[dict[str, Any]]":
+        """Return what `doctor` says of peers; nothing on a host that has none and expects none."""
+        problem = self._listener.problem
+        if not problem and not self._listener.address:
+            return []
+        waiting = [one.name for one in self._book.all()] if self._talk.following() else []
+        return [
+            {
+                "check": "peers", "ok": not problem, "state": "fail" if problem else "ok",
+                "detail": problem or f"listening at {self._listener.address}"
+                + (f"; a new key holds when {', '.join(waiting)} were told" if waiting else ""),
+                "hint": "see [peer] listen in host.toml" if problem else "",
+            }
+        ]  # fmt: skip
+
     def show(self, ref: str) -> dict[str, Any]:
         """Return a peer, and whether it can be reached now."""
         peer = self.get(ref)
@@ -328,6 +343,8 @@ class Peers:
             any(peer.state for peer in self._book.all())
             or self._talk.following() is not None
             or self._tokens.next_expiry() is not None
+            # An address may come up later than the daemon.
+            or bool(self._listener.problem)
         )
 
     def _kick(self) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,13 +194,19 @@ def test_it_listens_where_it_is_told_and_not_at_all_if_told(two_nodes: tuple[Nod
     left.run("daemon", "restart")
     assert listening(left) == {f"{LEFT}:8701"}
     assert left.json("peer", "token")["addresses"] == ["ct1.example.org:8701", f"{LEFT}:9"]
-    taken = left.popen_program("nc", "-l", LEFT, "8702") if os.path.exists("/usr/bin/nc") else None
-    if taken is not None:
-        wait_until(lambda: f"{LEFT}:8702" in listening(left))
-        Path(left.layout.host_config).write_text(f'schema = 1\n[peer]\nlisten = "{LEFT}:8702"\n')
-        left.run("daemon", "restart")
-        assert "in use" in left.run("peer", "list").err
-        assert left.run("peer", "token", check=False).status == 1
+
+    # Taken by another program, it is listened to as soon as that is gone.
+    code = f"import socket; s = socket.create_server(('{LEFT}', 8702)); print(1, flush=True); input()"
+    taken = left.popen_program(sys.executable, "-I", "-c", code)
+    assert taken.stdout.readline()
+    Path(left.layout.host_config).write_text(f'schema = 1\n[peer]\nlisten = "{LEFT}:8702"\n')
+    left.run("daemon", "restart")
+    assert "in use" in left.run("peer", "list").err
+    assert left.run("peer", "token", check=False).status == 1
+    assert "in use" in left.run("doctor", check=False).out
+    taken.stdin.close()
+    taken.wait(10)
+    wait_until(lambda: listening(left) == {f"{LEFT}:8702"}, 30, "listening after all")
 
 
 def test_no_secret_is_left_anywhere(two_nodes: tuple[Node, Node]) -> None:
