@@ -90,10 +90,12 @@ class Lifecycle:
             undo.callback(self.quietly, host.release, container_id)
             undo.callback(starting.close)
             undo.callback(self.quietly, host.network.detach, container_id)
-            for nic in record.config.nets:
+            attached = [
                 host.network.attach(
                     container_id, nic, netns_fd=starting.netns.fileno(), netlink_fd=starting.netlink.fileno()
                 )
+                for nic in record.config.nets
+            ]
             try:
                 starting.start()
             except SysctrError as error:
@@ -102,6 +104,7 @@ class Lifecycle:
             # From here on its end, if it comes to that, puts everything away.
             undo.pop_all()
             undo.callback(starting.close)
+            host.network.announce(attached)
             self._note_boot(record)
             if _ended_at_once(starting.pid, starting.pidfd.fileno()):
                 self._tell_early_end(container_id)

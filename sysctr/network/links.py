@@ -28,6 +28,7 @@ _LOOPBACK_INDEX = 1  # the first link of every network namespace
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
 _RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
+_RTM_NEWNEIGH, _NUD_REACHABLE, _NTF_MASTER = 28, 2, 4
 _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 4, 0, 1
 _RTNH_F_ONLINK = 4
 _RTN_TYPES_IN_USE = frozenset({1, 2})  # unicast and local; not broadcast, and not what admins block
@@ -156,6 +157,20 @@ def join_bridge(route: Route, host_name: str, bridge: Link) -> None:
             _set_link(f"bring up {host_name}", host_name, [], up=True),
         ]
     )
+
+
+def point(route: Route, host_name: str, mac: str) -> None:
+    """Let the bridge of a port know that a MAC is behind it, though nothing came from there yet."""
+    from pyroute2.netlink.rtnl.ndmsg import ndmsg
+
+    message = ndmsg()
+    message["family"] = socket.AF_BRIDGE
+    message["ifindex"] = socket.if_nametoindex(host_name)
+    # One that was learned, so that it ages and moves as any other.
+    message["state"] = _NUD_REACHABLE
+    message["flags"] = _NTF_MASTER
+    message["attrs"] = [("NDA_LLADDR", mac)]
+    route.ask([Request(f"find {mac} at {host_name}", _RTM_NEWNEIGH, message, NLM_F_CREATE | NLM_F_REPLACE)])
 
 
 def configure_guest(

@@ -14,6 +14,7 @@ from sysctr.errors import NotFound, Refused, SysctrError
 from sysctr.linux.syscall import KernelError
 from sysctr.network import links
 from sysctr.network.addresses import Address, Addresses, Wanted, gateway_of, random_mac
+from sysctr.network.announce import Announcer
 from sysctr.network.bridge import Bridge
 from sysctr.network.links import Link
 from sysctr.network.names import Names, check_name, host_nameservers
@@ -36,9 +37,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Attached:
-    """What attach() made: our end of the pair, and what the container's end was given."""
+    """What attach() made: our end of the pair and its bridge, and what the container's end was given."""
 
     host_name: str
+    bridge: str
     mac: str
     addresses: tuple[str, ...]
 
@@ -71,6 +73,7 @@ class Network:
         # NICs by container, None until the links were listed once: those of a daemon before us count too.
         self._nics: dict[int, set[int]] | None = None
         self._deleter = _Deleter()
+        self._announcer = Announcer()
 
     # The bridge
 
@@ -236,7 +239,20 @@ class Network:
         with self._lock:
             if self._nics is not None:
                 self._nics.setdefault(ct_id, set()).add(nic.index)
-        return Attached(host_name, mac, tuple(str(address) for address in addresses))
+        return Attached(host_name, bridge.name, mac, tuple(str(address) for address in addresses))
+
+    def announce(self, attached: Iterable[Attached]) -> None:
+        """Tell those on a bridge that a container's addresses are here now; what fails is logged."""
+        for card in attached:
+            try:
+                # Our frames do not come through the port. A bridge that saw the MAC on its uplink, where the
+                # container was before, would drop all that comes for it from there.
+                links.point(self._route, card.host_name, card.mac)
+            except OSError as error:
+                log.warning("cannot tell %s where %s is: %s", card.bridge, card.mac, error)
+            self._announcer.announce(
+                card.bridge, card.mac, [address.partition("/")[0] for address in card.addresses]
+            )
 
     def detach(self, ct_id: int, nic: int | None = None) -> None:
         """Disconnect the NICs of a container, or one: out of service now, deleted in the background."""
@@ -267,8 +283,9 @@ class Network:
         self._deleter.finish()
 
     def close(self) -> None:
-        """Settle and close the socket; the network itself stays for the next daemon."""
+        """Settle and close the sockets; the network itself stays for the next daemon."""
         self.settle()
+        self._announcer.close()
         self._route.close()
 
     # Inside
