@@ -199,11 +199,13 @@ class Model:
     def _undo(self, r: SimpleNamespace, s: State, start: bool) -> Iterator[Step]:
         if s.sp != Source.ABORTED and "starts first" not in self.flaws:
             yield "source: writes aborted", self._write(r, s, Source.ABORTED), True
-        elif s.away:
+        elif s.away and "leaves it away" not in self.flaws:
             yield "source: takes away back", s._replace(away=False), True
         elif start:
             if r.may_start_source(s.away, s.sp):
                 yield "source: starts it again", self._started(s), True
+            if "forgets that it ran" in self.flaws:
+                yield "source: cannot start it now, and forgets that it ran", s._replace(ran=False), False
         elif s.ran:
             yield "source: notes that it runs", s._replace(ran=False), True
         else:
@@ -217,7 +219,8 @@ class Model:
 
     def _target(self, r: SimpleNamespace, s: State) -> Iterator[Step]:
         if not s.up:
-            yield "target: begins again", s._replace(up=True, confirmed=s.tdec == "here"), True
+            confirmed = s.tdec == "here" and "forgets the decision" not in self.flaws
+            yield "target: begins again", s._replace(up=True, confirmed=confirmed), True
             return
         todo = r.recover_target(s.tp)
         if todo == Action.DISCARD:

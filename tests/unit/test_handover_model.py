@@ -161,6 +161,12 @@ NEGLECTED = {
     "the target forgets before it has started": (Model(flaws=frozenset({"forgets the start"})), STUCK),
     "the target removes before it writes aborted": (
         Model(flaws=frozenset({"removes first"}), admin="honest"), PARTIAL),
+    "the source forgets that it ran before it runs again": (
+        Model(flaws=frozenset({"forgets that it ran"})), STUCK),
+    "the source does not take away back after a crash": (
+        Model(flaws=frozenset({"leaves it away"}), admin="honest"), STUCK),
+    "the target forgets what its admin decided": (
+        Model(flaws=frozenset({"forgets the decision"}), admin="honest"), STUCK),
     "the source starts before it writes aborted": (Model(flaws=frozenset({"starts first"})), STUCK),
     "the source starts without looking at away": (
         Model(rules=blind("may_start_source", _0=False), keep=True), TWO),
