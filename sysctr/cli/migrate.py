@@ -143,13 +143,12 @@ def _body(arguments: "argparse.Namespace", peer: str) -> "dict[str, Any]":
         "id": arguments.id, "name": arguments.name, "start": arguments.start, "dry_run": arguments.dry_run,
         "restart": getattr(arguments, "restart", False), "keep": getattr(arguments, "keep", False),
         "pool_map": mapping(arguments.pool_map, "--pool-map"),
-        "bridge_map": mapping(arguments.bridge_map, "--bridge-map"),
+        "bridge_map": mapping(arguments.bridge_map, "--bridge-map"), "bwlimit_bytes": arguments.bwlimit,
         "leave_out": sorted({kind for kinds in arguments.leave_out for kind in kinds}),
     }  # fmt: skip
-    given = {key: value for key, value in wanted.items() if value not in (None, False, {}, [])}
-    # No limit, 0, is an answer too.
-    limit = {} if arguments.bwlimit is None else {"bwlimit_bytes": arguments.bwlimit}
-    return {"peer": peer, **given, **limit}
+    # A rate of 0 is none.
+    given = {key: value for key, value in wanted.items() if value not in (None, False, {}, [], 0)}
+    return {"peer": peer, **given}
 
 
 def _migrate(arguments: "argparse.Namespace", client: "Client") -> int:
@@ -335,11 +334,8 @@ def _migration(client: "Client", found: "list[dict[str, Any]]", ref: str) -> "di
     """Return the migration of a container, by its id or name, or by the id of the migration."""
     meant = [one for one in found if ref in (str(one["id"]), str(one.get("container")), one["name"])]
     if not meant:
-        # One that was moved and kept: nothing of it is open, and what its record says can be taken back.
-        here = field(client.get(path("containers")), "containers")
-        kept = next((one for one in here if one.get("away") and ref in (str(one["id"]), one["name"])), None)
-        if kept is not None:
-            return {**kept, "id": str(kept["id"]), "role": "source", "peer": kept["away"].get("name")}
+        meant = [one for one in _kept(client) if ref in (str(one["container"]), one["name"])]
+    if not meant:
         raise errors.NotFound(
             f"cannot resolve {ref}: it is in no migration", "`sysctr migrations` lists what is in doubt"
         )
@@ -351,6 +347,17 @@ def _migration(client: "Client", found: "list[dict[str, Any]]", ref: str) -> "di
     return meant[0]
 
 
+def _kept(client: "Client") -> "list[dict[str, Any]]":
+    """Return the containers that are away and kept here: nothing is open, but that can be taken back."""
+    return [
+        {
+            "id": one["name"], "role": "kept", "container": one["id"], "name": one["name"],
+            "peer": one["away"].get("name") or "another host",
+        }
+        for one in field(client.get(path("containers")), "containers") if one.get("away")
+    ]  # fmt: skip
+
+
 # By role and decision: what is decided, and what is lost where the other host decided otherwise.
 _DECISIONS = {
     ("source", "here"): (
@@ -360,6 +367,22 @@ _DECISIONS = {
     ("source", "there"): (
         "this decides that {peer} has {what}: it is given up here, with its files unless --keep was said",
         "if {peer} did not take it over after all, what is given up here was the last of it",
+    ),
+    ("copy", "here"): (
+        "this decides that there is no copy of {what} at {peer}: {peer} is to remove what it got",
+        "{what} itself stays as it is; if {peer} made the copy after all, it is one of its own",
+    ),
+    ("copy", "there"): (
+        "this decides that {peer} has its copy of {what}: nobody is asked about it any longer",
+        "{what} itself stays as it is; if {peer} did not make the copy after all, there is none",
+    ),
+    ("kept", "here"): (
+        "this decides that {what} is on this host again, with the files of the day that it was moved",
+        "{peer} took it over: there are two of it then, and what {peer}'s wrote since is not here",
+    ),
+    ("kept", "there"): (
+        "this decides that {peer} has {what}, which is so already",
+        "nothing is lost by it",
     ),
     ("target", "here"): (
         "this decides that {what} is on this host now: it is made of what arrived from {peer}",
@@ -373,7 +396,8 @@ _DECISIONS = {
 
 
 def _confirmed(one: "dict[str, Any]", keep: str) -> bool:
-    for line in _DECISIONS[one["role"], keep]:
+    role = "copy" if one["role"] == "source" and one.get("copy") else one["role"]
+    for line in _DECISIONS[role, keep]:
         notice(line.format(what=_titled(one), peer=one["peer"]))
     print("type its name to go on: ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip() == one["name"]:

@@ -18,8 +18,8 @@ def plan_lines(verb: str, label: str, report: "dict[str, Any]") -> "list[str]":
     fields = [
         (verb, _titled(report, label)),
         ("to", _place(report, there)),
-        *((f"volume {volume['name']}", _volume(volume)) for volume in volumes),
-        ("to send", f"about {size(expected)} of {size(total)}" if len(volumes) > 1 else ""),
+        *((f"volume {volume['name']}", _volume(volume, there.get("pool"))) for volume in volumes),
+        ("to send", _amount(expected, total) if len(volumes) > 1 else ""),
         ("snapshots", f"{report['snapshots']}, with their settings" if report.get("snapshots") else ""),
         *((f"address {card}", _address(change)) for card, change in (there.get("addresses") or {}).items()),
         *(("note", str(warning)) for warning in report.get("warnings") or ()),
@@ -93,8 +93,15 @@ def _in_the_way(count: int) -> str:
     return f"{count} thing{'s are' if count > 1 else ' is'} in the way"
 
 
-def _sum(volumes: "list[dict[str, Any]]", name: str) -> int:
-    return sum(volume.get(name) or 0 for volume in volumes)
+def _sum(volumes: "list[dict[str, Any]]", name: str) -> "int | None":
+    known = [volume[name] for volume in volumes if volume.get(name) is not None]
+    return sum(known) if len(known) == len(volumes) else None
+
+
+def _amount(sent_bytes: "int | None", total_bytes: "int | None") -> str:
+    if sent_bytes is None:
+        return "" if total_bytes is None else f"{size(total_bytes)} in all"
+    return f"about {size(sent_bytes)}" + ("" if total_bytes is None else f" of {size(total_bytes)}")
 
 
 def _seconds(value: "int | float | None") -> "float | None":
@@ -116,15 +123,13 @@ def _place(report: "dict[str, Any]", there: "dict[str, Any]") -> str:
     return f"{report.get('peer')}, as {_titled(there, '?')}{pool}"
 
 
-def _volume(volume: "dict[str, Any]") -> str:
-    sent, total = volume.get("expected_bytes"), volume.get("total_bytes")
-    amount = "" if sent is None else f"about {size(sent)} of {size(total)}"
-    there = volume.get("there")
-    called = f"as {there}" if there and there != volume["name"] else ""
-    method = {"stream": "as a stream of snapshots", "rsync": "by rsync"}.get(
-        str(volume.get("method")), str(volume.get("method"))
-    )
-    return ", ".join(part for part in (amount, method, called) if part)
+def _volume(volume: "dict[str, Any]", pool: "str | None") -> str:
+    method = str(volume.get("method"))
+    how = {"stream": "as a stream of snapshots", "rsync": "by rsync"}.get(method, method)
+    # Only what goes elsewhere than the container is worth a word.
+    where = "" if volume.get("there") in (None, "", pool) else f"to pool {volume['there']}"
+    amount = _amount(volume.get("expected_bytes"), volume.get("total_bytes"))
+    return ", ".join(part for part in (amount, how, where) if part)
 
 
 def _address(change: "dict[str, Any]") -> str:

@@ -25,6 +25,7 @@ _LINES_INTERVAL_S = 1.0
 # How often a log is told of a step of which only the figures change.
 _FIGURES_INTERVAL_S = 60.0
 _FIGURE = re.compile(r"\d ?(?:[KMGT]?i?B?/s|[KMGT]?i?B\b|[KMGT]\b|s\b|%)")
+_ASIDE = re.compile(r" \([^()]*\)")
 _BAR_CELLS = 20
 _NARROWEST_STEP = 12
 _ENDED = ("done", "failed", "cancelled")
@@ -190,8 +191,11 @@ def wording(step: str) -> str:
 
     >>> wording("copying, pass 2, 41 MB/s, 1.2 MB/s change, about 0.8 s down")
     'copying, pass 2'
+    >>> wording("copying, pass 3 (50.1 MB in the last one, 41 MB/s)")
+    'copying, pass 3'
     """
-    return ", ".join(part for part in step.split(", ") if not _FIGURE.search(part))
+    plain = _ASIDE.sub(lambda aside: "" if _FIGURE.search(aside[0]) else aside[0], step)
+    return ", ".join(part for part in plain.split(", ") if not _FIGURE.search(part))
 
 
 class _Lines:
@@ -279,8 +283,8 @@ def bar_line(
     'demo: unpack  [##########----------]  50%  50M of 100M  10M/s  5s left'
     >>> bar_line("demo", "boot", 0, 0, 0.0)
     'demo: boot'
-    >>> bar_line("demo", "copying, pass 2, 9 MB/s", 50 * 1024**2, 100 * 1024**2, 10 * 1024**2, 58)
-    'demo: copying, pass 2, 9 MB/s  50%  50M of 100M  5s left'
+    >>> bar_line("demo", "copying, pass 2, 9 MB/s", 50 * 1024**2, 100 * 1024**2, 10 * 1024**2, 65)
+    'demo: copying, pass 2, 9 MB/s  50%  50M of 100M  10M/s  5s left'
     """
     label, step = neutralise(label), neutralise(step)
     bar, figures = "", []
@@ -291,8 +295,7 @@ def bar_line(
         figures += [f"{share:3.0%}", f"{size(done)} of {size(total)}"]
     elif done:
         figures.append(size(done))
-    # A step that says how fast it is knows better.
-    if rate > 0 and "/s" not in step:
+    if rate > 0:
         figures.append(f"{size(int(rate))}/s")
     if rate > 0 and total > done:
         figures.append(f"{duration(int((total - done) / rate))} left")

@@ -243,8 +243,8 @@ class Migrations:
             state = "in-doubt"
         return {
             "id": entry["id"], "role": entry["role"], "container": entry["number"], "name": entry["name"],
-            "peer": entry["peer_name"], "phase": phase, "state": state, "since": entry["since"],
-            "error": entry.get("error", ""),
+            "copy": bool(entry.get("copy")), "peer": entry["peer_name"], "phase": phase, "state": state,
+            "since": entry["since"], "error": entry.get("error", ""),
         }  # fmt: skip
 
     def resolve(self, ref: str, keep: Side | None = None) -> Task:

@@ -11,6 +11,7 @@ from sysctr.cli import main, moved
 from sysctr.cli.help import whole_parser
 from sysctr.cli.progress import bar_line
 from tests.unit.cli_stub import Stub
+from tests.unit.served import Served
 
 NOW_S = 1_769_900_000.0
 MID = "0123456789abcdef"
@@ -28,9 +29,9 @@ PLAN = {
         },
     },
     "volumes": [
-        {"name": "rootfs", "there": "rootfs", "method": "rsync", "total_bytes": 600 * MB,
+        {"name": "rootfs", "there": "fast", "method": "rsync", "total_bytes": 600 * MB,
          "expected_bytes": 52 * MB},
-        {"name": "data", "there": "data-1", "method": "stream", "total_bytes": 1024 * MB,
+        {"name": "data", "there": "slow", "method": "stream", "total_bytes": 1024 * MB,
          "expected_bytes": 1024 * MB},
     ],
 }  # fmt: skip
@@ -102,7 +103,7 @@ def test_every_option_is_sent_and_nothing_that_was_not_said(stub):
         },
     )  # fmt: skip
     assert main(["migrate", "web", "node2", "--bwlimit", "0"]) == 0
-    assert asked(stub)[-1][1] == {"peer": "node2", "bwlimit_bytes": 0}
+    assert asked(stub)[-1][1] == {"peer": "node2"}
     goes(stub, "web", "copy")
     assert main(["copy", "web", "node2", "--name", "web-test", "--as", "300", "--start"]) == 0
     assert asked(stub)[-1] == (
@@ -177,7 +178,7 @@ def test_a_dry_run_shows_the_plan(stub, capsys):
         "migrate:       web (101)\n"
         "to:            node2, as web (204) in pool fast\n"
         "volume rootfs: about 52M of 600M, by rsync\n"
-        "volume data:   about 1G of 1G, as a stream of snapshots, as data-1\n"
+        "volume data:   about 1G of 1G, as a stream of snapshots, to pool slow\n"
         "to send:       about 1.1G of 1.6G\n"
         "snapshots:     2, with their settings\n"
         "address eth0:  10.0.4.7 there, 10.0.3.2 before\n"
@@ -374,6 +375,7 @@ def test_resolving_asks_the_other_host_and_says_where_it_is(stub, capsys):
     assert capsys.readouterr().out == (
         "web (101) is still in doubt (stopped): cannot reach node2: time-out\n"
     )
+    stub.routes["GET", "/1/containers"] = []
     resolves(stub)
     assert main(["migrate", "--resolve", "nobody"]) == 3
     resolves(stub, found=[migration(), migration(id="b" * 16)])
@@ -386,13 +388,15 @@ def test_resolving_asks_the_other_host_and_says_where_it_is(stub, capsys):
     [
         ("source", "--here", "web (101) stays on this host", "if node2 took it over after all, there"),
         ("source", "--there", "node2 has web (101)", "if node2 did not take it over after all"),
+        ("copy", "--here", "there is no copy of web (101) at node2", "web (101) itself stays as it is;"),
+        ("copy", "--there", "node2 has its copy of web (101)", "web (101) itself stays as it is;"),
         ("target", "--here", "web (101) is on this host now", "if node2 kept it after all, there are two"),
         ("target", "--there", "node2 keeps web (101)", "if node2 gave it up after all"),
     ],
 )
 def test_a_decision_is_explained_and_wants_the_name(stub, capsys, monkeypatch, role, option, decided, lost):
     stub.routes["GET", "/1/containers"] = []
-    resolves(stub, found=[migration(role=role)])
+    resolves(stub, found=[migration(role=role.replace("copy", "source"), copy=role == "copy")])
     answering(monkeypatch, "web\n")
     assert main(["migrate", "--resolve", "101", option]) == 0
     assert asked(stub) == [(f"/1/migrations/{MID}/resolve", {"keep": option[2:]})]
@@ -400,6 +404,20 @@ def test_a_decision_is_explained_and_wants_the_name(stub, capsys, monkeypatch, r
     assert first.startswith(f"this decides that {decided}")
     assert second.startswith(lost)
     assert question == "type its name to go on: "
+
+
+def test_what_is_kept_here_can_be_taken_back(stub, capsys, monkeypatch):
+    away = {"id": MID, "peer": "ab12", "name": "node2", "time": 0}
+    answers = [[stub.container(101, "web", state="stopped", **fields)] for fields in ({"away": away}, {})]
+    stub.routes["GET", "/1/containers"] = lambda *_: {"containers": answers.pop(0)}
+    stub.routes["GET", "/1/migrations"] = {"migrations": []}
+    stub.routes["POST", "/1/migrations/web/resolve"] = (202, {"task": stub.task("resolve", 101)})
+    answering(monkeypatch, "web\n")
+    assert main(["migrate", "--resolve", "101", "--here"]) == 0
+    assert asked(stub) == [("/1/migrations/web/resolve", {"keep": "here"})]
+    shown = capsys.readouterr()
+    assert "node2 took it over: there are two of it then" in shown.err
+    assert shown.out == "settled web (101): it is here, stopped\n"
 
 
 @pytest.mark.parametrize("typed", ["", "\n", "101\n", "yes\n"])
@@ -458,7 +476,8 @@ def test_the_figures_of_a_step_are_no_news_in_a_log(stub, capsys):
     steps = iter(
         [
             "copying, pass 1, 41 MB/s", "copying, pass 1, 39.5 MB/s, 1.2 MB/s change, about 0.8 s down",
-            "copying, pass 2, 41 MB/s", "stopping", "copying, the rest, 40 MB/s",
+            "copying, pass 2 (50.1 MB in the last one, 39 MB/s)", "copying, pass 2 (9 MB in it, 4 MB/s)",
+            "stopping", "copying, the rest, 40 MB/s",
         ]
     )  # fmt: skip
 
@@ -470,20 +489,20 @@ def test_the_figures_of_a_step_are_no_news_in_a_log(stub, capsys):
     stub.routes["GET", "/1/tasks/t-web/wait"] = wait
     assert main(["migrate", "web", "node2"]) == 0
     assert capsys.readouterr().err.splitlines() == [
-        "web: copying, pass 1, 41 MB/s", "web: copying, pass 2, 41 MB/s", "web: stopping",
-        "web: copying, the rest, 40 MB/s",
+        "web: copying, pass 1, 41 MB/s", "web: copying, pass 2 (50.1 MB in the last one, 39 MB/s)",
+        "web: stopping", "web: copying, the rest, 40 MB/s",
     ]  # fmt: skip
 
 
 def test_the_line_of_progress_keeps_its_figures_on_a_narrow_terminal():
     step = "copying, pass 2, 41 MB/s, 1.2 MB/s change, about 0.8 s down"
     whole = bar_line("web", step, 30 * MB, 90 * MB, 10 * MB)
-    assert whole == f"web: {step}  [######--------------]  33%  30M of 90M  6s left"
+    assert whole == f"web: {step}  [######--------------]  33%  30M of 90M  10M/s  6s left"
     for cells in (79, 60):
         line = bar_line("web", step, 30 * MB, 90 * MB, 10 * MB, cells)
         assert len(line) <= cells
         assert line.startswith("web: copying, pass 2")
-        assert line.endswith(" 33%  30M of 90M  6s left")
+        assert line.endswith(" 33%  30M of 90M  10M/s  6s left")
 
 
 def test_peers_are_completed_beside_containers(stub, capsys):
@@ -492,3 +511,33 @@ def test_peers_are_completed_beside_containers(stub, capsys):
     assert capsys.readouterr().out.split() == ["web", "node2", "rack-b"]
     arguments = whole_parser().parse_args(["migrate", "web", "node2", "--restart"])
     assert (arguments.containers, arguments.restart) == (["web", "node2"], True)
+
+
+def test_the_api_takes_what_is_asked_of_it(tmp_path, monkeypatch, capsys):
+    served = Served(str(tmp_path / "host"))
+    try:
+        monkeypatch.setenv("SYSCTR_ROOT", served.where.root)
+        served.engine.peers.list = lambda: [{"name": "node2", "fingerprint": "a" * 64}]
+        options = [
+            "--start", "--as", "204", "--name", "web-2", "--pool-map", "default=fast", "--bridge-map", "a=b",
+            "--bwlimit", "50M", "--leave-out", "device,bind",
+        ]  # fmt: skip
+        assert main(["migrate", "web", "node2", "--restart", "--keep", *options]) == 0, capsys.readouterr()
+        assert main(["migrate", "web", "node2", "--dry-run", "--bwlimit", "0"]) == 0
+        assert main(["copy", "web", "node2", *options]) == 0
+        assert main(["migrations"]) == 0
+        served.engine.migrations.list = lambda: [migration()]
+        for decided in ([], ["--here", "--yes"], ["--there", "--yes"]):
+            assert main(["migrate", "--resolve", "web", *decided]) == 0, capsys.readouterr()
+        calls = [call for call in served.engine.calls if call[0] in ("migrate", "copy", "resolve")]
+        both = {
+            "peer": "node2", "start": True, "id": 204, "name": "web-2", "pool_map": {"default": "fast"},
+            "bridge_map": {"a": "b"}, "bwlimit_bytes": 50 * MB, "leave_out": ["bind", "device"],
+        }  # fmt: skip
+        assert calls == [
+            ("migrate", "web", {**both, "restart": True, "keep": True}),
+            ("migrate", "web", {"peer": "node2", "dry_run": True}), ("copy", "web", both),
+            *(("resolve", MID, {"keep": keep}) for keep in (None, "here", "there")),
+        ]  # fmt: skip
+    finally:
+        served.close()
