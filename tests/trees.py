@@ -1,8 +1,17 @@
-"""What a tree is, down to the last attribute, so that two can be compared."""
+"""What a tree is, to the last attribute, so that two can be compared; and trees with all there can be."""
 
+import contextlib
 import os
+import shutil
+import socket
 import stat
+import subprocess
+from pathlib import Path
 from typing import Any
+
+from sysctr.runtime.layers import MARKS
+
+MIB = 1 << 20
 
 
 def describe(top: str, *, without: frozenset[str] = frozenset(), times: bool = True) -> dict[str, Any]:
@@ -48,3 +57,59 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         for path in sorted({*one, *other})
         if one.get(path) != other.get(path)
     }
+
+
+def everything(root: str, *, layer: bool = True) -> None:
+    """Fill a directory with all that can be in one; what only a layer of an overlay has if it is one."""
+    for name in ("plain", "new\nline", "n" * 255, "-rf", "two words"):
+        Path(root, name).write_text(name)
+    os.mkdir(f"{root}/dir")
+    os.chmod(f"{root}/dir", 0o2750)
+    subprocess.run(["setfacl", "-m", "u:33:rwx,d:u:34:rx", f"{root}/dir"], check=True)
+    Path(root, "dir/ping").write_bytes(b"x")
+    subprocess.run(["setcap", "cap_net_raw+ep", f"{root}/dir/ping"], check=True)
+    Path(root, "owned").write_bytes(b"y")
+    os.chown(f"{root}/owned", 1000, 65535)
+    os.chmod(f"{root}/owned", 0o6711)
+    os.link(f"{root}/owned", f"{root}/dir/other name")
+    with open(f"{root}/holes", "wb") as file:
+        file.truncate(200 * MIB)
+        file.seek(100 * MIB)
+        file.write(b"in the middle")
+    os.setxattr(f"{root}/plain", "user.mine", bytes(range(256)))
+    os.symlink("/etc/shadow", f"{root}/link")
+    os.mkfifo(f"{root}/pipe", 0o620)
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(root):
+        listener.bind("socket")
+    os.mkdir(f"{root}/opaque")
+    if layer:
+        os.mknod(f"{root}/gone", 0o20000, 0)
+        os.setxattr(f"{root}/opaque", "user.overlay.opaque", b"y")
+        for mark in MARKS:
+            os.setxattr(f"{root}/dir", mark, b"\0")
+            os.setxattr(f"{root}/plain", mark, b"\0")
+    os.utime(f"{root}/plain", ns=(3, 1_000_000_000_000_000_007))
+
+
+def change_everything(root: str, *, layer: bool = True) -> None:
+    """Do what a container may do while `everything` of it is copied."""
+    os.unlink(f"{root}/new\nline")
+    os.rename(f"{root}/plain", f"{root}/dir/plain")
+    os.mkdir(f"{root}/plain")
+    Path(root, "plain/inside").write_text("a directory now")
+    shutil.rmtree(f"{root}/opaque")
+    Path(root, "opaque").write_text("a file now")
+    os.unlink(f"{root}/dir/other name")
+    os.link(f"{root}/holes", f"{root}/dir/other name")
+    os.chmod(f"{root}/two words", 0o600)
+    subprocess.run(["setfacl", "-b", f"{root}/dir"], check=True)
+    subprocess.run(["setcap", "-r", f"{root}/dir/ping"], check=True)
+    os.mkdir(f"{root}/dir/new")
+    if layer:
+        os.unlink(f"{root}/gone")
+        os.mknod(f"{root}/dir/newly gone", 0o20000, 0)
+        os.setxattr(f"{root}/dir/new", "user.overlay.opaque", b"y")
+    Path(root, "gone").write_text("here again")
+    os.unlink(f"{root}/link")
+    os.symlink("elsewhere", f"{root}/link")
+    os.mkfifo(f"{root}/another pipe")

@@ -233,6 +233,8 @@ def _pass_on(control: socket.socket, exchange: Exchange) -> None:
     if len(fds) != 2 or not kinds <= {stat.S_IFSOCK, stat.S_IFIFO}:
         wire.close_all(fds)
         raise SysctrError("cannot connect rsync: its remote shell sent something else")
+    for fd in fds:
+        os.set_blocking(fd, True)  # as the sender's are
     exchange(*fds)
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import mmap
 import os
-import shutil
-import socket
 import stat
 import subprocess
 import threading
@@ -22,7 +20,7 @@ from sysctr.storage.overlay import OverlayDriver
 from tests import storage
 from tests.disk import fill, fill_inodes, small_disk
 from tests.storage import MIB, Pool
-from tests.trees import describe, difference
+from tests.trees import change_everything, describe, difference, everything
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel, pytest.mark.needs("loop")]
@@ -201,37 +199,6 @@ class Between:
         self._worker.merge(directory, layers, target, below)
 
 
-def everything(root: str) -> None:
-    """Fill an upper with all that can be in one."""
-    for name in ("plain", "new\nline", "n" * 255, "-rf", "two words"):
-        Path(root, name).write_text(name)
-    os.mkdir(f"{root}/dir")
-    os.chmod(f"{root}/dir", 0o2750)
-    subprocess.run(["setfacl", "-m", "u:33:rwx,d:u:34:rx", f"{root}/dir"], check=True)
-    Path(root, "dir/ping").write_bytes(b"x")
-    subprocess.run(["setcap", "cap_net_raw+ep", f"{root}/dir/ping"], check=True)
-    Path(root, "owned").write_bytes(b"y")
-    os.chown(f"{root}/owned", 1000, 65535)
-    os.chmod(f"{root}/owned", 0o6711)
-    os.link(f"{root}/owned", f"{root}/dir/other name")
-    with open(f"{root}/holes", "wb") as file:
-        file.truncate(200 * MIB)
-        file.seek(100 * MIB)
-        file.write(b"in the middle")
-    os.setxattr(f"{root}/plain", "user.mine", bytes(range(256)))
-    os.symlink("/etc/shadow", f"{root}/link")
-    os.mkfifo(f"{root}/pipe", 0o620)
-    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(root):
-        listener.bind("socket")
-    os.mknod(f"{root}/gone", 0o20000, 0)
-    os.mkdir(f"{root}/opaque")
-    os.setxattr(f"{root}/opaque", "user.overlay.opaque", b"y")
-    for mark in MARKS:
-        os.setxattr(f"{root}/dir", mark, b"\0")
-        os.setxattr(f"{root}/plain", mark, b"\0")
-    os.utime(f"{root}/plain", ns=(3, 1_000_000_000_000_000_007))
-
-
 def kept(driver: OverlayDriver, name: str = "one") -> str:
     layer = driver.layers.kept("101", driver.records.snapshot("101", name))[0]
     return f"{driver.layers.path('101', layer)}/rootfs"
@@ -251,29 +218,6 @@ def test_what_runs_is_kept_with_everything_that_can_be_in_it(pool) -> None:
     assert os.stat(f"{kept(pool.driver)}/holes").st_blocks * 512 < MIB
     # And the volume goes on with the upper it had.
     assert upper(pool.driver) == root
-
-
-def change_everything(root: str) -> None:
-    """Do what a container may do while its files are copied."""
-    os.unlink(f"{root}/new\nline")
-    os.rename(f"{root}/plain", f"{root}/dir/plain")
-    os.mkdir(f"{root}/plain")
-    Path(root, "plain/inside").write_text("a directory now")
-    shutil.rmtree(f"{root}/opaque")
-    Path(root, "opaque").write_text("a file now")
-    os.unlink(f"{root}/dir/other name")
-    os.link(f"{root}/holes", f"{root}/dir/other name")
-    os.chmod(f"{root}/two words", 0o600)
-    subprocess.run(["setfacl", "-b", f"{root}/dir"], check=True)
-    subprocess.run(["setcap", "-r", f"{root}/dir/ping"], check=True)
-    os.unlink(f"{root}/gone")
-    Path(root, "gone").write_text("here again")
-    os.mknod(f"{root}/dir/newly gone", 0o20000, 0)
-    os.mkdir(f"{root}/dir/new")
-    os.setxattr(f"{root}/dir/new", "user.overlay.opaque", b"y")
-    os.unlink(f"{root}/link")
-    os.symlink("elsewhere", f"{root}/link")
-    os.mkfifo(f"{root}/another pipe")
 
 
 def test_what_changes_while_it_is_copied_is_kept_as_it_is_in_the_pause(pool) -> None:

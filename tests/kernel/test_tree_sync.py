@@ -1,0 +1,243 @@
+"""What comes of a volume that is brought up to date from another host: exactly the same, or an error."""
+
+import contextlib
+import mmap
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sysctr.engine.job import JobRunner
+from sysctr.runtime.layers import MARKS
+from sysctr.storage.base import RootSpec
+from tests import storage
+from tests.storage import MIB, Pool
+from tests.syncing import Pair, plain, runner_with
+from tests.trees import change_everything, describe, difference, everything
+
+pytestmark = [pytest.mark.root, pytest.mark.kernel, pytest.mark.needs("loop", "userns", "idmap")]
+
+_THEIR_FIRST = 1_900_200_000
+
+
+@pytest.fixture
+def there(jobs: JobRunner) -> JobRunner:
+    """What works with the ids that the container has on the other host."""
+    return runner_with(jobs, _THEIR_FIRST)
+
+
+@pytest.fixture
+def pair(jobs: JobRunner, there: JobRunner, tmp_path: Path) -> Pair:
+    """Two plain directories."""
+    for name in ("source", "target"):
+        os.mkdir(tmp_path / name, 0o755)
+    return Pair(jobs, there, plain(tmp_path / "source"), plain(tmp_path / "target"))
+
+
+def source_of(pair: Pair) -> str:
+    return pair.source.trees[0].path
+
+
+def target_of(pair: Pair) -> str:
+    return pair.target.trees[0].path
+
+
+def assert_same(pair: Pair, without: frozenset[str] = frozenset()) -> None:
+    with storage.shown(pair.source) as source, storage.shown(pair.target) as target:
+        assert difference(describe(source, without=without), describe(target, without=without)) == {}
+
+
+@contextlib.contextmanager
+def volume(kind: str, place: Path, jobs: JobRunner) -> Iterator[tuple[Pool, RootSpec]]:
+    os.makedirs(place)
+    with storage.pool(kind, str(place), jobs) as pool:
+        pool.create("101")
+        try:
+            yield pool, pool.driver.activate("101")
+        finally:
+            pool.driver.deactivate("101")
+
+
+_WAYS = [
+    ("overlay", "overlay"), ("overlay", "btrfs"), ("btrfs", "overlay"), ("btrfs", "btrfs"),
+    ("overlay-limited", "quota-xfs"), ("loop-xfs", "zfs"),
+]  # fmt: skip
+
+
+def _ways() -> list:
+    known = {str(one.values[0]): one.marks for one in storage.parameters()}
+    return [pytest.param(*way, marks=[*known[way[0]], *known[way[1]]], id="-".join(way)) for way in _WAYS]
+
+
+@pytest.mark.parametrize(("one", "other"), _ways())
+def test_everything_is_there_whatever_keeps_it(
+    jobs: JobRunner, there: JobRunner, tmp_path: Path, one: str, other: str
+) -> None:
+    with (
+        volume(one, tmp_path / "here", jobs) as (_, source),
+        volume(other, tmp_path / "there", there) as (_, target),
+    ):
+        pair = Pair(jobs, there, source, target)
+        # An overlay has no whiteouts of its own making, nor attributes that are the kernel's.
+        layer = not source.lowers and not target.lowers
+        with storage.shown(source) as directory:
+            Path(directory, "etc/motd").unlink()
+            everything(directory, layer=layer)
+        pair.pass_()
+        assert_same(pair, MARKS)
+        with storage.shown(target) as directory:
+            assert os.stat(f"{directory}/holes").st_blocks * 512 < MIB
+        with storage.shown(source) as directory:
+            change_everything(directory, layer=layer)
+        pair.pass_()
+        assert_same(pair, MARKS)
+
+
+def test_a_layer_stays_one_but_loses_its_past(pair: Pair) -> None:
+    everything(source_of(pair))
+    pair.pass_()
+    assert difference(describe(source_of(pair), without=MARKS), describe(target_of(pair))) == {}
+    assert "gone" in os.listdir(target_of(pair))
+    change_everything(source_of(pair))
+    pair.pass_()
+    assert difference(describe(source_of(pair), without=MARKS), describe(target_of(pair))) == {}
+
+
+def test_what_only_the_target_has_goes(pair: Pair) -> None:
+    Path(source_of(pair), "kept").write_text("x")
+    os.makedirs(f"{target_of(pair)}/old/deep")
+    Path(target_of(pair), "old/deep/file").write_text("x")
+    os.mkdir(f"{target_of(pair)}/kept")
+    Path(target_of(pair), "kept/file").write_text("x")
+    (done,) = pair.pass_()
+    assert_same(pair)
+    assert (done.files, done.bytes, done.deleted) == (1, 1, 4)
+
+
+def test_nothing_is_sent_of_what_is_the_same(pair: Pair) -> None:
+    Path(source_of(pair), "large").write_bytes(random.Random(1).randbytes(4 * MIB))
+    os.utime(f"{source_of(pair)}/large", ns=(0, 5))
+    pair.pass_()
+    pair.mark, pair.bytes = None, 0
+    (done,) = pair.pass_()
+    assert done.files == 0
+    assert pair.bytes < 4096
+
+
+# What sizes and times do not tell.
+
+
+def same_look(path: str, content: bytes) -> None:
+    """Write a file anew such that its size and times are what they were."""
+    before = os.stat(path)
+    assert before.st_size == len(content)
+    Path(path).write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_times_that_were_set_back_hide_nothing(pair: Pair) -> None:
+    path = f"{source_of(pair)}/file"
+    Path(path).write_bytes(b"one")
+    pair.pass_()
+    same_look(path, b"two")
+    pair.pass_()
+    assert Path(target_of(pair), "file").read_bytes() == b"two"
+    assert_same(pair)
+    same_look(path, b"six")
+    pair.pass_()
+    assert Path(target_of(pair), "file").read_bytes() == b"six"
+
+
+def test_a_page_that_is_written_again_is_sent_though_no_time_changes(pair: Pair) -> None:
+    path = Path(source_of(pair), "mapped")
+    path.write_bytes(bytes(8192))
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 8192) as mapping:
+        mapping[0:3] = b"one"
+        before = os.stat(path)
+        pair.pass_()
+        mapping[0:3] = b"two"
+        # The whole point: but for the sync in the pass, this write would have left no trace.
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        mapping[4096:4099] = b"too"
+        pair.pass_()
+        assert Path(target_of(pair), "mapped").read_bytes() == path.read_bytes()
+        mapping[0:3] = b"six"
+        pair.pass_()
+        assert Path(target_of(pair), "mapped").read_bytes()[:3] == b"six"
+
+
+def test_directories_that_changed_places_are_sent(pair: Pair) -> None:
+    source = source_of(pair)
+    for name in ("a", "b"):
+        os.makedirs(f"{source}/{name}/sub/deeper")
+        for place in ("", "/sub", "/sub/deeper"):
+            path = f"{source}/{name}{place}/file\n\udcff"
+            Path(path).write_text(f"this is {name}")
+            os.utime(path, ns=(7, 7))
+    pair.pass_()
+    os.rename(f"{source}/a", f"{source}/c")
+    os.rename(f"{source}/b", f"{source}/a")
+    os.rename(f"{source}/c", f"{source}/b")
+    listed, general = pair.pass_()
+    assert_same(pair)
+    assert (listed.files, general.files) == (6, 0)
+
+
+def test_a_hard_link_that_was_broken_up_is_two_files(pair: Pair) -> None:
+    source = source_of(pair)
+    for name in ("one", "two"):
+        os.mkdir(f"{source}/{name}")
+    Path(source, "one/file").write_text("same")
+    os.link(f"{source}/one/file", f"{source}/two/file")
+    os.link(f"{source}/one/file", f"{source}/two/third")
+    pair.pass_()
+    assert os.stat(f"{target_of(pair)}/one/file").st_nlink == 3
+    shutil.copy2(f"{source}/two/file", f"{source}/two/new")
+    os.rename(f"{source}/two/new", f"{source}/two/file")
+    pair.pass_()
+    assert_same(pair)
+    assert os.stat(f"{target_of(pair)}/one/file").st_nlink == 2
+    # And together again.
+    os.unlink(f"{source}/two/file")
+    os.link(f"{source}/two/third", f"{source}/two/file")
+    pair.pass_()
+    assert_same(pair)
+
+
+def test_what_became_something_else_makes_way(pair: Pair) -> None:
+    source = source_of(pair)
+    os.makedirs(f"{source}/tree/deep")
+    Path(source, "tree/deep/file").write_text("x")
+    Path(source, "file").write_text("x")
+    os.symlink("tree", f"{source}/link")
+    pair.pass_()
+    shutil.rmtree(f"{source}/tree")
+    Path(source, "tree").write_text("a file now")
+    os.unlink(f"{source}/file")
+    os.makedirs(f"{source}/file/deep")
+    Path(source, "file/deep/file").write_text("x")
+    os.unlink(f"{source}/link")
+    os.mkdir(f"{source}/link", 0o700)
+    os.chown(f"{source}/link", 7, 8)
+    Path(source, "link/file").write_text("in a directory now")
+    pair.pass_()
+    assert_same(pair)
+
+
+def test_a_mark_that_was_made_before_the_clock_went_back_sees_everything(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(source_of(pair), "file").write_text("one")
+    wall = time.time
+    # It was an hour fast.
+    monkeypatch.setattr(time, "time", lambda: wall() + 3600)
+    pair.pass_()
+    monkeypatch.setattr(time, "time", wall)
+    same_look(f"{source_of(pair)}/file", b"two")
+    pair.pass_()
+    assert Path(target_of(pair), "file").read_text() == "two"

@@ -1,0 +1,167 @@
+"""Both ends of a synchronisation on one machine: two runners of jobs, and a socket for the connection."""
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from sysctr.engine.job import JobRunner
+from sysctr.engine.plan import Idmap
+from sysctr.engine.tree_sync import Exchange, PassMark, Received, receive_tree, send_tree
+from sysctr.errors import SysctrError
+from sysctr.storage.base import RootSpec, Tree
+
+_PIECE_BYTES = 256 << 10
+
+
+class Broken(SysctrError):
+    """What these exchanges raise for a broken rsync: `Channel.exchange` raises something like it."""
+
+
+class Cancelled(Exception):
+    """What the tasks here raise when they were cancelled, as the engine's do."""
+
+
+@dataclass
+class Telling:
+    """A task that can be looked at."""
+
+    doing: str = "migrate 101"
+    cancelled: bool = False
+    lines: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        if self.cancelled:
+            raise Cancelled
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def runner_with(jobs: JobRunner, first: int, count: int = 65536) -> JobRunner:
+    """Return a runner under the same supervisor with other ids."""
+    return JobRunner(jobs._supervisor, jobs._stage, Idmap(first, count), b"", jobs._cgroup)
+
+
+def plain(directory: object) -> RootSpec:
+    """Return a directory as the root of a volume that somebody may write to."""
+    return RootSpec((Tree("volume", str(directory)),))
+
+
+def over(connection: socket.socket, told: Callable[[int], None] = lambda count: None) -> Exchange:
+    """Return an exchange over a socket; `told` hears of each piece that comes, and may raise."""
+
+    def exchange(read_fd: int, write_fd: int) -> None:
+        failures: list[BaseException] = []
+
+        def up() -> None:
+            try:
+                while data := os.read(read_fd, _PIECE_BYTES):
+                    connection.sendall(data)
+            except OSError as error:
+                failures.append(error)
+            finally:
+                os.close(read_fd)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=up, daemon=True)
+        thread.start()
+        try:
+            while data := connection.recv(_PIECE_BYTES):
+                told(len(data))
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(write_fd, view) :]
+        except OSError as error:
+            failures.append(error)
+        finally:
+            os.close(write_fd)
+            # Whoever is still sending gets an error, as it does from a connection.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+            thread.join()
+        if failures:
+            raise Broken("cannot move bytes: the local rsync ended") from failures[0]
+
+    return exchange
+
+
+class Pair:
+    """A source and a target; `pass_` does what a pass of a migration does."""
+
+    def __init__(self, here: JobRunner, there: JobRunner, source: RootSpec, target: RootSpec) -> None:
+        self.here = here
+        self.there = there
+        self.source = source
+        self.target = target
+        self.task = Telling()
+        self.their_task = Telling()
+        self.mark: PassMark | None = None
+        self.bytes = 0
+
+    def pass_(self) -> list[Received]:
+        """Bring the target up to date and return what each run did."""
+        done = []
+        for listed in (True, False) if self.mark else (False,):
+            sent, received = self.run(listed=listed)
+            words = f"{sent!r}, {received!r}, {self.task.lines}, {self.their_task.lines}"
+            assert isinstance(sent, PassMark), words
+            assert isinstance(received, Received), words
+            self.mark = sent
+            done.append(received)
+        return done
+
+    def run(
+        self, *, listed: bool = False, told: Callable[[int], None] = lambda count: None
+    ) -> tuple[PassMark | BaseException, Received | BaseException]:
+        """Do one run and return what came of it at either end."""
+
+        def count(number: int) -> None:
+            self.bytes += number
+            told(number)
+
+        with connected() as (ours, theirs):
+            receiving = Outcome(
+                lambda: receive_tree(
+                    self.there, self.their_task, self.target, over(theirs, count), listed=listed
+                )
+            )
+            sending = Outcome(
+                lambda: send_tree(
+                    self.here, self.task, self.source, over(ours), since=self.mark, listed=listed
+                )
+            )
+            return sending.wait(), receiving.wait()
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give both ends of a connection."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+class Outcome(threading.Thread):
+    """Something done in a thread: what it returned, or what it raised."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self._outcome: object = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._outcome = self._work()
+        except BaseException as error:
+            self._outcome = error
+
+    def wait(self, deadline_s: float = 120) -> object:
+        """Return it; an AssertionError if it takes too long."""
+        self.join(deadline_s)
+        assert not self.is_alive(), f"no end within {deadline_s:g} s"
+        return self._outcome
