@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from sysctr.engine.job import JobRunner
 from sysctr.engine.plan import Idmap
@@ -99,24 +100,26 @@ class Pair:
         self.target = target
         self.task = Telling()
         self.their_task = Telling()
-        self.mark: PassMark | None = None
+        self.since: PassMark | None = None
         self.bytes = 0
 
     def pass_(self) -> list[Received]:
         """Bring the target up to date and return what each run did."""
         done = []
-        for listed in (True, False) if self.mark else (False,):
-            sent, received = self.run(listed=listed)
+        since, self.since = self.since, PassMark(self.source)
+        for mode in ("listed", "all") if since else ("all",):
+            options = {"since": since} if mode == "listed" else {}
+            first = self.since if mode == "listed" or not since else None
+            sent, received = self.run(mode, mark=first, **options)
             words = f"{sent!r}, {received!r}, {self.task.lines}, {self.their_task.lines}"
-            assert isinstance(sent, PassMark), words
+            assert sent is None, words
             assert isinstance(received, Received), words
-            self.mark = sent
             done.append(received)
         return done
 
     def run(
-        self, *, listed: bool = False, told: Callable[[int], None] = lambda count: None
-    ) -> tuple[PassMark | BaseException, Received | BaseException]:
+        self, mode: str = "all", *, told: Callable[[int], None] = lambda count: None, **options: Any
+    ) -> tuple[BaseException | None, Received | BaseException]:
         """Do one run and return what came of it at either end."""
 
         def count(number: int) -> None:
@@ -124,16 +127,21 @@ class Pair:
             told(number)
 
         with connected() as (ours, theirs):
-            receiving = Outcome(
-                lambda: receive_tree(
-                    self.there, self.their_task, self.target, over(theirs, count), listed=listed
-                )
-            )
-            sending = Outcome(
-                lambda: send_tree(
-                    self.here, self.task, self.source, over(ours), since=self.mark, listed=listed
-                )
-            )
+            def receive() -> Received:
+                exchange = over(theirs, count)
+                try:
+                    return receive_tree(self.there, self.their_task, self.target, exchange, mode)
+                finally:
+                    # Where it failed before there was an exchange, nobody else tells the other side.
+                    theirs.shutdown(socket.SHUT_RDWR)
+
+            def send() -> None:
+                try:
+                    send_tree(self.here, self.task, self.source, over(ours), mode, **options)
+                finally:
+                    ours.shutdown(socket.SHUT_RDWR)
+
+            receiving, sending = Outcome(receive), Outcome(send)
             return sending.wait(), receiving.wait()
 
 

@@ -31,7 +31,7 @@ from sysctr.storage.base import RootSpec
 # have ended. Both are its own: it closes each as its direction ends, and both whatever happens.
 Exchange = Callable[[int, int], None]
 
-# What the scripts below end with when the disk is full; else they end as rsync does.
+# What the receiver's script ends with when the disk is full; else both end as rsync does.
 _NO_SPACE = 28
 # What went away in the meantime need not be copied.
 _VANISHED = 24
@@ -76,7 +76,6 @@ export LC_ALL=C.UTF-8
 command -v rsync >/dev/null || { echo 'rsync is not installed' >&2; exit 127; }
 end() {
     tail -c 60000 /tmp/words >&2
-    ! grep -q -e 'No space left' -e 'quota exceeded' /tmp/words || exit 28
     exit "$1"
 }
 # A directory that vanishes while it is looked through is not missed; anything else would be.
@@ -123,7 +122,9 @@ printf %s "$2" >/tmp/connect
 status=0
 eval "$1" >/tmp/stats 2>/tmp/words </dev/null || status=$?
 tail -c 4000 /tmp/stats >&4
-[ "$status" = 0 ] || end "$status"
+[ "$status" != 0 ] || exit 0
+! grep -q -e 'No space left' -e 'quota exceeded' /tmp/words || status={_NO_SPACE}
+end "$status"
 """
 _TOTALS = {
     "files": re.compile(rb"^Number of regular files transferred: (\d{1,18})$", re.MULTILINE),
@@ -195,7 +196,7 @@ def send_tree(
             stdin_fd=theirs_in.fileno(), stdout_fd=theirs_out.fileno(),
         )  # fmt: skip
         connected = _Connected(task, lambda: exchange(ours_out.take(), ours_in.take()))
-        connected.run(run, (theirs_in, theirs_out), view)
+        connected.run(run, (theirs_in, theirs_out))
 
 
 def receive_tree(
@@ -217,7 +218,12 @@ def receive_tree(
             jobs.run_tool, argv, root=root, container=container, more_fds=(theirs.fileno(), told.fileno())
         )
         connected = _Connected(task, lambda: _pass_on(ours, exchange))
-        connected.run(run, (theirs,), root)
+        try:
+            connected.run(run, (theirs,))
+        except NoSpace as error:
+            # Where it was noticed decides about the words.
+            doing = task.doing if task else "copy files"
+            raise NoSpace(f"cannot {doing}: no space left on {root.trees[-1].path}") from error
         told.seek(0)
         return _received(told.read(_STATISTICS_BYTES))
 
@@ -263,7 +269,7 @@ class _Connected:
         if self._task is not None:
             self._task.log(text)
 
-    def run(self, job: Callable[..., int], theirs: "Sequence[Fd | socket.socket]", root: RootSpec) -> None:
+    def run(self, job: Callable[..., int], theirs: "Sequence[Fd | socket.socket]") -> None:
         """Run the job and wait for both; `theirs` are the descriptors that only the job is to have."""
         thread = threading.Thread(target=self._work, name="exchange", daemon=True)
         thread.start()
@@ -276,7 +282,7 @@ class _Connected:
             for end in theirs:
                 end.close()
             thread.join()
-        self._judge(status, root)
+        self._judge(status)
 
     def _work(self) -> None:
         try:
@@ -285,11 +291,11 @@ class _Connected:
             self._error = error
             self._broke_s = time.monotonic()
 
-    def _judge(self, status: int | None, root: RootSpec) -> None:
+    def _judge(self, status: int | None) -> None:
         """Raise the error that was the cause, if there was one."""
         doing = f"cannot {self._task.doing if self._task else 'copy files'}"
         if status == _NO_SPACE:
-            raise NoSpace(f"{doing}: no space left on {root.trees[-1].path}")
+            raise NoSpace(f"{doing}: no space left on device")
         if self._error is not None and (status is None or status in {0, _VANISHED} | _CUT):
             raise self._error
         if status not in (0, _VANISHED):

@@ -253,8 +253,12 @@ def failure_error(failure: dict) -> dict:
     reason = failure.get("reason", "unknown reason")
     if "step" in failure:
         reason = f"step {failure['step']} of {failure['of']}, {failure['description']}: {reason}"
-    missing = "step" not in failure and failure.get("errno") == errno.ENOENT
-    return {"code": "not-found" if missing else "failed", "message": reason, "hint": ""}
+    code = "failed"
+    if failure.get("errno") in (errno.ENOSPC, errno.EDQUOT):
+        code = "no-space"
+    elif "step" not in failure and failure.get("errno") == errno.ENOENT:
+        code = "not-found"
+    return {"code": code, "message": reason, "hint": ""}
 
 
 def _failure_code(failure: dict) -> int:

@@ -126,12 +126,17 @@ class OverlayRoot(Step):
         options = f"lowerdir={':'.join(self.lower)},upperdir={self.upper},workdir={self.work},userxattr"
         mount.mount("overlay", "root", "overlay", 0, options)
         context.root_fd = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        # The silent read-only fallback would be found much later, by the guest.
-        if os.fstatvfs(context.root_fd).f_flag & os.ST_RDONLY:
-            disk = os.statvfs(self.upper)
-            if not disk.f_bavail or not disk.f_favail:
-                raise OSError(errno.ENOSPC, "no space left on the disk of its files")
-            raise OSError(errno.EROFS, "the kernel mounted the overlay read-only")
+        refuse_read_only(context.root_fd, self.upper)
+
+
+def refuse_read_only(overlay_fd: int, upper: str) -> None:
+    """Raise OSError for an overlay that the kernel cannot write to, and silently mounted without that."""
+    # It would be found much later, by the guest.
+    if os.fstatvfs(overlay_fd).f_flag & os.ST_RDONLY:
+        disk = os.statvfs(upper)
+        if not disk.f_bavail or not disk.f_favail:
+            raise OSError(errno.ENOSPC, "no space left on the disk of its files")
+        raise OSError(errno.EROFS, "the kernel mounted the overlay read-only")
 
 
 class OverlayView(Step):
@@ -147,7 +152,10 @@ class OverlayView(Step):
         target_fd = path.make_directory(context.root_fd, self.target)
         if len(self.lower) > 1:
             os.mkdir("view", 0o755)
-            mount.mount("overlay", "view", "overlay", 0, f"lowerdir={':'.join(self.lower)},userxattr")
+            # Of layers on several file systems directories would else have the numbers in which they are
+            # come upon, and two that changed places have the same again.
+            options = f"lowerdir={':'.join(self.lower)},userxattr,xino=on"
+            mount.mount("overlay", "view", "overlay", 0, options)
             tree_fd = mount.open_tree("view")
             mount.umount2("view", mount.MNT_DETACH)
             os.rmdir("view")

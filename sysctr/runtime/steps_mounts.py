@@ -11,7 +11,7 @@ import stat
 
 from sysctr.linux import mount, path
 from sysctr.runtime import wire
-from sysctr.runtime.steps import Context, Step
+from sysctr.runtime.steps import Context, Step, refuse_read_only
 
 
 class Sources(Step):
@@ -52,10 +52,8 @@ class OverlayTree(Step):
         mount.mount("overlay", name, "overlay", 0, options)
         tree_fd = mount.open_tree(name)
         mount.umount2(name, mount.MNT_DETACH)
-        if self.upper and os.fstatvfs(tree_fd).f_flag & os.ST_RDONLY:
-            os.close(tree_fd)
-            # The silent fallback of a kernel that cannot make the work directory; nearly always a full disk.
-            raise OSError(errno.EROFS, f"the kernel mounted {self.tree} read-only: is its disk full?")
+        if self.upper:
+            refuse_read_only(tree_fd, self.upper)
         if self.attributes:
             mount.mount_setattr(tree_fd, attributes=self.attributes)
         context.trees[self.tree] = tree_fd

@@ -5,7 +5,6 @@ import mmap
 import os
 import random
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from tests import storage
 from tests.storage import MIB, Pool
 from tests.syncing import Pair, plain, runner_with
 from tests.trees import change_everything, describe, difference, everything
+from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel, pytest.mark.needs("loop", "userns", "idmap")]
 
@@ -119,6 +119,30 @@ def test_what_only_the_target_has_goes(pair: Pair) -> None:
     assert (done.files, done.bytes, done.deleted) == (1, 1, 4)
 
 
+@pytest.mark.parametrize("kind", storage.parameters(["overlay", "overlay-limited", "loop-xfs", "btrfs"]))
+def test_a_later_pass_looks_at_no_more_than_what_changed(
+    jobs: JobRunner, there: JobRunner, tmp_path: Path, kind: str
+) -> None:
+    os.mkdir(tmp_path / "target", 0o755)
+    with volume(kind, tmp_path / "here", jobs) as (_, source):
+        pair = Pair(jobs, there, source, plain(tmp_path / "target"))
+        with storage.shown(source) as directory:
+            for place in ("etc/one", "etc/two", "three"):
+                os.makedirs(f"{directory}/{place}")
+                for number in range(10):
+                    Path(directory, place, f"file-{number}").write_text("x")
+        pair.pass_()
+        # What was changed within the last second was, to some file systems, changed just now.
+        assert pair.mark is not None
+        wait_until(lambda: time.time() > pair.mark._wall_s + 1.1, what="the next second")
+        pair.pass_()
+        with storage.shown(source) as directory:
+            Path(directory, "etc/two/file-3").write_text("y")
+        listed, general = pair.pass_()
+        assert (listed.files, general.files) == (1, 0)
+        assert_same(pair)
+
+
 def test_nothing_is_sent_of_what_is_the_same(pair: Pair) -> None:
     Path(source_of(pair), "large").write_bytes(random.Random(1).randbytes(4 * MIB))
     os.utime(f"{source_of(pair)}/large", ns=(0, 5))
@@ -171,21 +195,31 @@ def test_a_page_that_is_written_again_is_sent_though_no_time_changes(pair: Pair)
         assert Path(target_of(pair), "mapped").read_bytes()[:3] == b"six"
 
 
-def test_directories_that_changed_places_are_sent(pair: Pair) -> None:
-    source = source_of(pair)
-    for name in ("a", "b"):
-        os.makedirs(f"{source}/{name}/sub/deeper")
-        for place in ("", "/sub", "/sub/deeper"):
-            path = f"{source}/{name}{place}/file\n\udcff"
-            Path(path).write_text(f"this is {name}")
-            os.utime(path, ns=(7, 7))
-    pair.pass_()
-    os.rename(f"{source}/a", f"{source}/c")
-    os.rename(f"{source}/b", f"{source}/a")
-    os.rename(f"{source}/c", f"{source}/b")
-    listed, general = pair.pass_()
-    assert_same(pair)
-    assert (listed.files, general.files) == (6, 0)
+@pytest.mark.parametrize("kind", storage.parameters(["overlay", "overlay-limited", "loop-xfs", "btrfs"]))
+def test_directories_that_changed_places_are_sent(
+    jobs: JobRunner, there: JobRunner, tmp_path: Path, kind: str
+) -> None:
+    os.mkdir(tmp_path / "target", 0o755)
+    with volume(kind, tmp_path / "here", jobs) as (_, root):
+        pair = Pair(jobs, there, root, plain(tmp_path / "target"))
+        with storage.shown(root) as source:
+            for name in ("a", "b"):
+                os.makedirs(f"{source}/{name}/sub/deeper")
+                for place in ("", "/sub", "/sub/deeper"):
+                    path = f"{source}/{name}{place}/file\n\udcff"
+                    Path(path).write_text(f"this is {name}")
+                    os.utime(path, ns=(7, 7))
+        pair.pass_()
+        assert pair.mark is not None
+        wait_until(lambda: time.time() > pair.mark._wall_s + 1.1, what="the next second")
+        pair.pass_()
+        with storage.shown(root) as source:
+            os.rename(f"{source}/a", f"{source}/c")
+            os.rename(f"{source}/b", f"{source}/a")
+            os.rename(f"{source}/c", f"{source}/b")
+        listed, general = pair.pass_()
+        assert_same(pair)
+        assert (listed.files, general.files) == (6, 0)
 
 
 def test_a_hard_link_that_was_broken_up_is_two_files(pair: Pair) -> None:
