@@ -133,8 +133,8 @@ def test_a_later_pass_looks_at_no_more_than_what_changed(
                     Path(directory, place, f"file-{number}").write_text("x")
         pair.pass_()
         # What was changed within the last second was, to some file systems, changed just now.
-        assert pair.mark is not None
-        wait_until(lambda: time.time() > pair.mark._wall_s + 1.1, what="the next second")
+        assert pair.since is not None
+        wait_until(lambda: time.time() > pair.since._wall_s + 1.1, what="the next second")
         pair.pass_()
         with storage.shown(source) as directory:
             Path(directory, "etc/two/file-3").write_text("y")
@@ -147,7 +147,7 @@ def test_nothing_is_sent_of_what_is_the_same(pair: Pair) -> None:
     Path(source_of(pair), "large").write_bytes(random.Random(1).randbytes(4 * MIB))
     os.utime(f"{source_of(pair)}/large", ns=(0, 5))
     pair.pass_()
-    pair.mark, pair.bytes = None, 0
+    pair.since, pair.bytes = None, 0
     (done,) = pair.pass_()
     assert done.files == 0
     assert pair.bytes < 4096
@@ -210,8 +210,8 @@ def test_directories_that_changed_places_are_sent(
                     Path(path).write_text(f"this is {name}")
                     os.utime(path, ns=(7, 7))
         pair.pass_()
-        assert pair.mark is not None
-        wait_until(lambda: time.time() > pair.mark._wall_s + 1.1, what="the next second")
+        assert pair.since is not None
+        wait_until(lambda: time.time() > pair.since._wall_s + 1.1, what="the next second")
         pair.pass_()
         with storage.shown(root) as source:
             os.rename(f"{source}/a", f"{source}/c")
