@@ -94,6 +94,7 @@ LOST = "nobody has it, or not what it wrote last"
 FALSE_CONFLICT = "a conflict that no admin made"
 STUCK = "it never settles"
 UNASKED = "the source starts what did not run"
+UNDECIDED = "the target asks for what its admin has decided"
 RUNS_AWAY = "it runs where it is away"
 
 MISTAKES = {
@@ -166,7 +167,7 @@ NEGLECTED = {
     "the source does not take away back after a crash": (
         Model(flaws=frozenset({"leaves it away"}), admin="honest"), STUCK),
     "the target forgets what its admin decided": (
-        Model(flaws=frozenset({"forgets the decision"}), admin="honest"), STUCK),
+        Model(flaws=frozenset({"forgets the decision"}), admin="honest"), UNDECIDED),
     "the source starts before it writes aborted": (Model(flaws=frozenset({"starts first"})), STUCK),
     "the source starts without looking at away": (
         Model(rules=blind("may_start_source", _0=False), keep=True), TWO),
