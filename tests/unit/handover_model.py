@@ -411,7 +411,8 @@ class Model:
             raise Violation("the target created it of a copy that is not whole")
         if s.has != "full" and not (s.copy == "full" and s.made):
             raise Violation("nobody has it, or not what it wrote last")
-        if s.up and s.tp == Target.COMMITTED and s.tdec == "here" and not r.may_start_target(s.tp, s.confirmed):
+        decided = s.up and s.tp == Target.COMMITTED and s.tdec == "here"
+        if decided and not r.may_start_target(s.tp, s.confirmed):
             raise Violation("the target asks for what its admin has decided")
         if s.tp == Target.ABORTED and s.has != "full":
             raise Violation("the only copy is being discarded")
