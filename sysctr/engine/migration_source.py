@@ -9,6 +9,8 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sysctr.engine import handover
@@ -89,15 +91,15 @@ class Outgoing:
             record, offer, link, self._snapshots.volumes(record),
             {one["source"]: Placed(**one) for one in placed},
         )  # fmt: skip
+        self._alive.add(mid)
         self._journal.write(
             {
                 "id": mid, "role": "source", "phase": Source.SENDING.value, "number": number,
                 "name": record.name, "uuid": record.uuid, "peer": peer.id, "peer_name": peer.name,
                 "copy": options.copy, "keep": options.keep, "ran": False, "start": options.start,
-                "decided": None, "claimed": False, "since": round(time.time(), 3),
+                "decided": None, "claimed": False, "told": False, "since": round(time.time(), 3),
             }
         )  # fmt: skip
-        self._alive.add(mid)
         fault.point("migrate.begun")
         self._host.bus.publish("migration", id=mid, change="sending", container=number, peer=peer.name)
         try:
@@ -105,12 +107,24 @@ class Outgoing:
             entry = self._decide(move, options)
         except BaseException:
             self._alive.discard(mid)
-            self.undo(task, mid)
+            link.close()
+            with contextlib.suppress(SysctrError):  # what is left to say is said later
+                self.undo(mid, partial(self._start_again, task))
             raise
         finally:
-            self._alive.discard(mid)
             link.close()
             self._sender.forget_state(move)
+        try:
+            return self._hand_over(task, report, move, options, entry, stopped_s, began_s)
+        finally:
+            self._alive.discard(mid)
+
+    def _hand_over(
+        self, task: Task, report: dict[str, Any], move: Move, options: Options, entry: Entry,
+        stopped_s: float | None, began_s: float,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Do what follows the decision, and return the report."""
+        mid = entry["id"]
         task.step("handing over")
         answer = self._deliver_or_tell(task, entry, options)
         down_s = None if stopped_s is None else round(time.monotonic() - stopped_s, 3)
@@ -275,62 +289,85 @@ class Outgoing:
         """Do what is left when the target has the container: destroy ours, unless it is kept."""
         entry = self._entry(mid)
         number = entry["number"]
+        # First it has to say that it knows: as long as it does not, what is here may be the last of it.
+        answer = self._say(entry, "forget")
+        action = handover.source_on_answer(entry["phase"], False, "forget", answer["answer"])
+        if action is not Action.FORGET:
+            words = f"{entry['peer_name']} says that it is {answer['answer']} there"
+            self._journal.write(entry, error=words)
+            raise WrongState(f"cannot finish the migration of {entry['name']}: {words}")
         if not entry["copy"] and self.is_away(entry):
             if entry["keep"]:
                 self._host.network.release(number)
             else:
                 self._creation.remove(number)
                 fault.point("migrate.destroyed")
-        # Not before it is known over there that this is known here.
-        answer = self._say(entry, "forget")
-        if handover.source_on_answer(entry["phase"], False, "forget", answer["answer"]) is Action.FORGET:
-            self._journal.remove(mid)
-            self._host.bus.publish("migration", id=mid, change="delivered", container=number)
+        self._journal.remove(mid)
+        self._host.bus.publish("migration", id=mid, change="delivered", container=number)
 
-    def undo(self, task: Task | None, mid: str) -> None:
-        """Keep the container: let it run again if it ran, and tell the target to remove its copy."""
+    def undo(self, mid: str, start: Callable[[int], None]) -> None:
+        """Keep the container: let it run again if it ran, and tell the target to remove its copy.
+
+        Called until both is done; then the journal is gone. Raises PeerLost. `start` raises nothing.
+        """
         entry = self._entry(mid)
-        recovery = handover.recover_source(
-            entry["phase"], self.is_away(entry), bool(entry["ran"]),
-            self._host.live.running(entry["number"]) is not None, copy=bool(entry["copy"]),
-        )  # fmt: skip
+        recovery = self.recovery(entry)
         if recovery.action is not Action.UNDO:
             return
-        # Without it, it is undone by the next daemon too.
-        with contextlib.suppress(SysctrError), self.deciding:
-            entry = self._journal.write(entry, phase=Source.ABORTED.value)
-        if recovery.start:
-            self._start_again(task, entry["number"])
+        if entry["phase"] != Source.ABORTED:
+            # Without it, it is undone by the next daemon too.
+            with contextlib.suppress(SysctrError), self.deciding:
+                entry = self._journal.write(entry, phase=Source.ABORTED.value)
+        self._take_back(entry)
         if entry["ran"]:
-            with contextlib.suppress(SysctrError):
+            gone = self._record(entry) is None
+            if recovery.start and not gone:
+                start(entry["number"])
+            # Not before: what is not noted here any more is not started by anybody.
+            if gone or self._host.live.running(entry["number"]) is not None:
                 entry = self._journal.write(entry, ran=False)
-        with contextlib.suppress(SysctrError):
-            self.tell_aborted(entry)
+        if not entry["told"]:
+            entry = self._tell_aborted(entry)
+        if entry["told"] and not entry["ran"]:
+            self._journal.remove(mid)
 
-    def _start_again(self, task: Task | None, number: int) -> None:
+    def _start_again(self, task: Task, number: int) -> None:
+        task.log("starting it again")
         try:
-            if task is not None:
-                task.log("starting it again")
-                self._lifecycle.start(task, number)
+            self._lifecycle.start(task, number)
         except SysctrError as error:
             log.error("%d: cannot start it again: %s", number, error.message)
 
-    def tell_aborted(self, entry: Entry) -> bool:
-        """Tell the target to remove its copy; True where it has answered. Raises PeerLost."""
+    def recovery(self, entry: Entry) -> handover.Recovery:
+        """Return what is to be done about a migration that no task works on."""
+        return handover.recover_source(
+            entry["phase"], self.is_away(entry), bool(entry["ran"]),
+            self._host.live.running(entry["number"]) is not None, copy=bool(entry["copy"]),
+        )  # fmt: skip
+
+    def _take_back(self, entry: Entry) -> None:
+        """Finish what the administrator decided: a container that this migration took away is ours again."""
+        if self.is_away(entry):
+            record = self._host.store.load(entry["number"])
+            self._host.store.update(record.id, away=None, generation=record.generation + 1)
+
+    def _tell_aborted(self, entry: Entry) -> Entry:
+        """Tell the target to remove its copy; returns the entry with what it has answered."""
         answer = self._say(entry, "abort")
         action = handover.source_on_answer(entry["phase"], self.is_away(entry), "abort", answer["answer"])
         if action is Action.FORGET:
-            self._journal.remove(entry["id"])
-            return True
+            return self._journal.write(entry, told=True)
         words = f"{entry['peer_name']} says that it is {answer['answer']} there"
-        self._journal.write(entry, error=words, claimed=answer["answer"] == Target.COMMITTED)
-        return False
+        return self._journal.write(entry, error=words, claimed=answer["answer"] == Target.COMMITTED)
 
     def outcome(self, peer: Peer, mid: str) -> dict[str, Any]:
         """Say what became of a migration to a peer that asks."""
         with self.deciding:
             entry = self._journal.get(mid)
-            if entry is None or entry["role"] != "source" or peer.id != entry["peer"]:
+            if entry is not None and (entry["role"] != "source" or peer.id != entry["peer"]):
+                # Nobody else's business, and nothing to act on.
+                return {"outcome": "pending", "start": False}
+            if entry is None:
                 return {"outcome": handover.outcome(None, False, False), "start": False}
             told = handover.outcome(
                 entry["phase"], self.is_away(entry), mid in self._alive, entry["decided"]

@@ -212,9 +212,12 @@ class Incoming:
 
     def forget(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
         """Drop the journal of a container that was taken: its source knows."""
-        with self.known(peer, message) as (entry, _session):
+        with self.known(peer, message) as (entry, session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "forget")
             if entry is not None and verdict.allowed:
+                # It may have to be started still: this daemon may not be the one that took it.
+                session.confirmed = True
+                self._finish(entry, start=bool(entry["start"]))
                 self._journal.remove(entry["id"])
             return {"answer": verdict.answer}
 
@@ -258,6 +261,7 @@ class Incoming:
             entry = self._journal.get(mid)
             if entry is not None:
                 session.confirmed = True
+                entry = self._journal.write(entry, decided="here")
                 self._finish(entry, start=bool(entry["start"]))
                 if raises_generation:
                     record = self._host.store.load(entry["number"])
@@ -268,6 +272,8 @@ class Incoming:
         with self.working(mid):
             entry = self._journal.get(mid)
             if entry is not None:
+                # It may be the last whole one: nothing of it goes before that is decided for good.
+                self._journal.write(entry, phase=Target.ABORTED.value)
                 self.discard(entry)
 
     def undo(self, mid: str) -> None:
@@ -276,7 +282,9 @@ class Incoming:
 
     def is_confirmed(self, mid: str) -> bool:
         """Tell whether it is known, since this daemon began, that a container is ours."""
-        return self._session(mid).confirmed
+        entry = self._journal.get(mid)
+        decided = entry is not None and entry.get("decided") == "here"
+        return decided or self._session(mid).confirmed
 
     def talking(self, mid: str) -> bool:
         """Tell whether a connection works on a migration now."""

@@ -27,7 +27,7 @@ from sysctr.engine.snapshots import Snapshots
 from sysctr.engine.tasks import Task
 from sysctr.engine.tree_sync import MODES
 from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
-from sysctr.peer.channel import Channel
+from sysctr.peer.channel import Channel, PeerLost
 from sysctr.peer.message import Anything, Flag, Shape, Text
 
 log = logging.getLogger(__name__)
@@ -135,15 +135,9 @@ class Migrations:
         entry = self.journal.get(mid)
         if entry is None or self._outgoing.alive(mid):
             return
-        recovery = self._recovery(entry)
+        recovery = self._outgoing.recovery(entry)
         if recovery.action is Action.UNDO:
-            if entry["phase"] != Source.ABORTED:
-                entry = self.journal.write(entry, phase=Source.ABORTED.value)
-            if recovery.start:
-                self._start(entry["number"])
-            if entry["ran"]:
-                entry = self.journal.write(entry, ran=False)
-            self._outgoing.tell_aborted(entry)
+            self._outgoing.undo(mid, self._start)
             return
         if recovery.action is Action.DELIVER:
             self._outgoing.deliver(mid)
@@ -160,12 +154,6 @@ class Migrations:
         with contextlib.closing(self._peers.connect(entry["peer"])) as channel:
             told = channel.call("migrate.outcome", id=mid)
         self._incoming.told(mid, told["outcome"], bool(told["start"]))
-
-    def _recovery(self, entry: Entry) -> handover.Recovery:
-        return handover.recover_source(
-            entry["phase"], self._outgoing.is_away(entry), bool(entry["ran"]),
-            self._host.live.running(entry["number"]) is not None, copy=bool(entry["copy"]),
-        )  # fmt: skip
 
     def _start(self, number: int) -> None:
         with contextlib.suppress(SysctrError):
@@ -292,6 +280,11 @@ class Migrations:
     def _decide_source(self, entry: Entry, side: Side) -> None:
         mid, number = entry["id"], entry["number"]
         host = self._host
+        if side == "here" and entry["phase"] == Source.COMMITTED:
+            # Perhaps it can be told after all, and then there is nothing to decide.
+            with contextlib.suppress(PeerLost):
+                self._outgoing.deliver(mid)
+                entry = self.journal.get(mid) or entry
         with host.tasks.hold(number, "resolve", _HOLD_S), self._outgoing.deciding:
             decision = handover.resolve_source(
                 entry["phase"], self._outgoing.is_away(entry), host.live.running(number) is not None, side,
