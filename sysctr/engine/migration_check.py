@@ -136,7 +136,7 @@ def _judge_pools(host: Host, peer: Peer, offer: Offer, verdict: Verdict) -> None
     base = template_here(host, offer)
     verdict.template = base.name if base else ""
     if offer.template and base is None:
-        verdict.warnings.append(f"the template {offer.template} is not there: all of its files are sent too")
+        verdict.warnings.append(f"the template {offer.template} is not there: it is sent too, once")
     missing: set[str] = set()
     streams = True
     for one in offer.volumes:

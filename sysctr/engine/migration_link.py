@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.engine.tasks import Task
-from sysctr.errors import SysctrError, from_dict
+from sysctr.errors import NoSpace, SysctrError
 from sysctr.peer.channel import Channel, PeerLost
 
 log = logging.getLogger(__name__)
@@ -97,12 +97,9 @@ class Link:
             self.close()
             raise
         except SysctrError as error:
-            # What broke the stream is known over there: a full disk, say, and not that its rsync ended.
-            with contextlib.suppress(PeerLost):
-                failure = self.open().get("failure")
-                if failure:
-                    raise from_dict(failure) from error
-            raise
+            cause = why(channel, error)
+            self.close()
+            raise cause from (None if cause is error else error)
         except BaseException:
             # What is still on its way belongs to nobody now.
             self.close()
@@ -143,3 +140,15 @@ class Link:
         while time.monotonic() < until:
             self._task.check()
             time.sleep(_CHECK_S)
+
+
+def why(channel: Channel, error: SysctrError) -> SysctrError:
+    """Return why a stream came to nothing: what this side saw, unless the other side knows better."""
+    try:
+        channel.answer(_ANSWER_S)
+    except PeerLost:
+        return error
+    except SysctrError as theirs:
+        # Of a disk that is full over there, this side has only seen that the stream ended.
+        return theirs if isinstance(theirs, NoSpace) or error.code == SysctrError.code else error
+    return error

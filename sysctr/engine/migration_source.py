@@ -23,6 +23,7 @@ from sysctr.engine.migration_journal import Entry, MigrationJournal
 from sysctr.engine.migration_link import Link
 from sysctr.engine.migration_sender import Move, Sender
 from sysctr.engine.migration_survey import Options, Survey
+from sysctr.engine.migration_template import Templates
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.engine.record import Record
@@ -41,6 +42,8 @@ _QUICK_S = 1.0
 _MOST_PASSES = 8
 # One that takes this share of the pass before does not catch up with what is written.
 _SHRINKING = 0.7
+# What a stop, the hand-over and a start take besides.
+_STOP_S = 0.7
 _PATIENCE_S = 300.0
 # Nobody is served while it stands still: rather let it run here again.
 _PATIENCE_STOPPED_S = 30.0
@@ -67,6 +70,7 @@ class Outgoing:
         self._journal = journal
         self._survey = Survey(host, snapshots, peers)
         self._sender = Sender(host, snapshots)
+        self._templates = Templates(host, peers)
         self._alive: set[str] = set()
         # Held where it is decided, or told, whose a container is.
         self.deciding = threading.Lock()
@@ -75,7 +79,7 @@ class Outgoing:
 
     def migrate(self, task: Task, number: int, options: Options) -> dict[str, Any]:
         """Move a container to a peer, or copy it there; returns the report."""
-        began_s = time.monotonic()
+        began_s, template_bytes = time.monotonic(), 0
         record = self._host.store.load(number)
         record.usable("copy" if options.copy else "migrate")
         report = self._survey.examine(record, options)
@@ -83,10 +87,16 @@ class Outgoing:
         if options.dry_run:
             return report
         refuse_blocked(record.title, report["blockers"])
+        if offer.template and not report["template"] and self._has_template(offer.template):
+            template_bytes = self._templates.send(task, options.peer, offer.template, options.rate_bytes)
+            report = self._survey.examine(record, options)
+            offer, placed = report.pop("offer"), report.pop("placed")
+            refuse_blocked(record.title, report["blockers"])
+        del report["template"]
         mid = secrets.token_hex(8)
         peer = self._peers.get(options.peer)
         link = Link(self._peers, peer, mid, offer.as_dict(), task)
-        link.rate_bytes = options.rate_bytes
+        link.rate_bytes, link.sent_bytes = options.rate_bytes, template_bytes
         move = Move(
             record, offer, link, self._snapshots.volumes(record),
             {one["source"]: Placed(**one) for one in placed},
@@ -118,6 +128,11 @@ class Outgoing:
             return self._hand_over(task, report, move, options, entry, stopped_s, began_s)
         finally:
             self._alive.discard(mid)
+
+    def _has_template(self, name: str) -> bool:
+        with contextlib.suppress(SysctrError):
+            return self._host.templates.get(name) is not None
+        return False
 
     def _hand_over(
         self, task: Task, report: dict[str, Any], move: Move, options: Options, entry: Entry,
@@ -408,10 +423,18 @@ def away_facts(entry: Entry) -> dict[str, Any]:
 
 
 def _words(passes: list[dict[str, Any]], number: int) -> str:
-    """Return what is shown of a pass that begins."""
+    """Return what is shown of a pass that begins: how fast it goes, and what that means for the stop.
+
+    >>> first = {"seconds": 4.0, "sent_bytes": 400e6, "rate_bytes_s": 100_000_000}
+    >>> _words([first, {"seconds": 1.5, "sent_bytes": 8e6, "rate_bytes_s": 5_333_333}], 3)
+    'copying, pass 3 (5 MB/s, 2.0 MB/s of changes, about 2 s down)'
+    """
     if not passes:
         return f"copying, pass {number}"
     last = passes[-1]
-    rate = (last["rate_bytes_s"] or 0) / 1e6
-    return f"copying, pass {number} ({last['sent_bytes'] / 1e6:.1f} MB in the last one, {rate:.0f} MB/s)"
-
+    words = f"{(last['rate_bytes_s'] or 0) / 1e6:.0f} MB/s"
+    if len(passes) > 1:
+        # What the last one sent had been written while the one before it was under way.
+        words += f", {last['sent_bytes'] / max(passes[-2]['seconds'], 0.001) / 1e6:.1f} MB/s of changes"
+        words += f", about {last['seconds'] + _STOP_S:.0f} s down"
+    return f"copying, pass {number} ({words})"

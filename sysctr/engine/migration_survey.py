@@ -129,6 +129,7 @@ class Survey:
                 for one in verdict["volumes"]
             ],
             "snapshots": len(offer.snapshots), "placed": verdict["volumes"], "offer": offer,
+            "template": verdict["template"],
         }  # fmt: skip
 
     def _own_blockers(

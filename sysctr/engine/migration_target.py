@@ -45,8 +45,6 @@ class _Session:
         self.channel: Channel | None = None
         # The volumes whose last pass ended well, since this daemon began.
         self.complete: set[str] = set()
-        # Why the last stream came to nothing; the source has only seen that it broke.
-        self.failure: dict[str, str] | None = None
         # The source, or the administrator, has said since this daemon began that the container is ours.
         self.confirmed = False
 
@@ -87,9 +85,8 @@ class Incoming:
                     raise WrongState(f"cannot begin migration {mid}: it is {verdict.answer} already")
                 if entry["phase"] == Target.RECEIVING:
                     self._arrival.make_volumes(entry, parse_offer(entry["offer"]))
-            failure, session.failure = session.failure, None
             return {"id": entry["number"], "name": entry["name"], "phase": entry["phase"],
-                    "kept": entry["kept"], "failure": failure}  # fmt: skip
+                    "kept": entry["kept"]}  # fmt: skip
 
     def sync(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Make a volume what the source sends, by rsync."""
@@ -138,11 +135,7 @@ class Incoming:
         """Let the source send a stream to a volume; it is complete when that has ended well."""
         session.complete.discard(volume)
         channel.send({"ok": {}})
-        try:
-            yield
-        except SysctrError as error:
-            session.failure = error.as_dict()
-            raise
+        yield
         fault.point("migrate.in.synced")
         session.complete.add(volume)
 

@@ -65,9 +65,9 @@ class Replicas:
                 if entry["phase"] != Target.RECEIVING:
                     raise WrongState(f"cannot replicate {offer.name}: it was promoted there")
                 entry = self._renew(entry, peer, offer)
-            failure, session.failure = session.failure, None
-            return {"id": entry["number"], "name": entry["name"], "phase": entry["phase"],
-                    "kept": [], "failure": failure}  # fmt: skip
+            return {
+                "id": entry["number"], "name": entry["name"], "phase": entry["phase"], "kept": [],
+            }  # fmt: skip
 
     def _renew(self, entry: Entry, peer: Peer, offer: Any) -> Entry:
         """Take a new offer of the same container: its settings and volumes may have changed."""
