@@ -16,10 +16,12 @@ from sysctr.engine.record import Record
 from sysctr.engine.snapshots import Snapshots, Volume
 from sysctr.engine.tasks import Task
 from sysctr.engine.tree_sync import PassMark, send_tree
-from sysctr.errors import SysctrError
+from sysctr.errors import Refused, SysctrError
 from sysctr.storage.base import Driver, RootSpec, Streams
 
 _SETTLE_S = 30.0
+# Whatever else works on a container has an end; a person who does not want to wait cancels the copy.
+_HOLD_S = 24 * 3600.0
 
 
 @dataclass
@@ -67,17 +69,34 @@ class Sender:
 
     @contextlib.contextmanager
     def copied_state(self, task: Task, move: Move) -> Iterator[str]:
-        """Give the name of the state that a copy is made of."""
-        record = move.record
-        if move.streams:
-            yield ""
-        elif self._host.live.running(record.id) is None:
-            self._host.live.wait_settled(record.id, _SETTLE_S)
-            self._host.release(record.id)
-            yield ""
-        else:
-            with self._snapshots.temporary(task, record) as name:
-                yield name
+        """Give the name of the state that a copy is made of, empty for the volumes of a stopped container.
+
+        The container itself is held only for the moment that this takes, where its pool keeps states.
+        """
+        host, record = self._host, move.record
+        with contextlib.ExitStack() as kept, contextlib.ExitStack() as hold:
+            hold.enter_context(host.tasks.hold(record.id, "copy", _HOLD_S, task))
+            stopped = host.live.running(record.id) is None
+            if stopped:
+                host.live.wait_settled(record.id, _SETTLE_S)
+                host.release(record.id)
+            try:
+                name, _ = self._snapshots.take_temporary(task, host.store.load(record.id))
+            except Refused:
+                if not stopped:
+                    raise
+                # Nobody starts it before it is copied.
+                yield ""
+                return
+            kept.callback(self._forget, record, name)
+            hold.close()
+            yield name
+
+    def _forget(self, record: Record, name: str) -> None:
+        # It may be gone by now, and this with it.
+        with contextlib.suppress(SysctrError), self._host.tasks.hold(record.id, "copy", _HOLD_S):
+            self._snapshots.forget_temporary(record, name)
+        self._host.collect_soon()
 
     def send_pass(
         self,
@@ -86,10 +105,17 @@ class Sender:
         views: "contextlib.AbstractContextManager[dict[str, RootSpec]]",
         *,
         kept: bool = False,
+        state: str = "",
     ) -> None:
-        """Send all volumes once; views that are `kept` never change, and no pass follows."""
+        """Send all volumes once; views that are `kept` never change, and no pass follows.
+
+        `state` is the snapshot that they are of, where there is one that can be sent as a stream.
+        """
         began_s, sent_before = time.monotonic(), move.link.sent_bytes
-        if move.streams:
+        if move.streams and state:
+            for driver, volume in move.volumes:
+                self._stream(move, driver, volume, state, self._last_kept(move, volume))
+        elif move.streams:
             self._send_streams(task, move)
         else:
             with views as shown:

@@ -199,7 +199,8 @@ class Outgoing:
         def finish() -> dict[str, Any]:
             # The target may have got ready before the connection broke.
             if link.begun["phase"] == Target.RECEIVING:
-                self._sender.send_pass(task, move, self._sender.views(move, state))
+                views = self._sender.views(move, state)
+                self._sender.send_pass(task, move, views, kept=bool(state), state=state)
                 fault.point("migrate.final.done")
             return link.call("prepare")
 

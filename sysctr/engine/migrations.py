@@ -169,7 +169,7 @@ class Migrations:
     def _guard(self, verb: str, record: Record) -> None:
         """Raise what speaks against an action on a container that is on its way."""
         entry = self.journal.of(record.id)
-        if entry is None:
+        if entry is None or entry.get("copy"):
             return
         waiting = WrongState(
             f"cannot {verb} {record.id}: {entry['peer_name']} has not confirmed yet that it is not its own",
@@ -213,7 +213,9 @@ class Migrations:
             finally:
                 self.look()
 
-        return self._host.tasks.submit(kind, record.id, run, subject=record.title)
+        # A copy leaves the container alone, but for the moment that its state takes.
+        holds = f"copy of {record.id}" if options.copy else ""
+        return self._host.tasks.submit(kind, record.id, run, subject=record.title, holds=holds)
 
     def list(self) -> "list[dict[str, Any]]":
         """Return every migration that is under way or in doubt."""
