@@ -168,8 +168,8 @@ def writable_steps(root: RootSpec, target: str, prefix: str) -> list:
     lowers = [prefix + low for low in root.lowers]
     return [
         *[steps.Attach(prefix + tree.name, prefix + tree.name) for tree in root.trees],
-        OverlayTree(f"{prefix}root", lowers, prefix + root.upper, prefix + root.work),
-        MountTree(f"{prefix}root", target),
+        OverlayTree(f"{prefix}overlay", lowers, prefix + root.upper, prefix + root.work),
+        MountTree(f"{prefix}overlay", target),
     ]
 
 

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from sysctr.cgroup import detect
 from sysctr.engine.job import JobRunner
+from sysctr.engine.supervisor import SupervisorClient
 from sysctr.engine.tree_sync import receive_tree, send_tree
 from sysctr.engine.trees import TreeWorker
-from sysctr.errors import Busy, NoSpace, SysctrError
+from sysctr.errors import Busy, NoSpace, SysctrError, WrongState
 from sysctr.storage.base import Base
 from sysctr.storage.overlay import OverlayDriver
 from tests import storage
 from tests.disk import fill, fill_inodes, small_disk
+from tests.kernel.conftest import JOB_IDMAP
+from tests.node import Node
 from tests.storage import MIB
 from tests.syncing import Cancelled, Outcome, Pair, connected, over, plain, runner_with
 from tests.trees import describe, difference
@@ -261,6 +265,29 @@ def test_an_upper_is_never_mounted_twice(jobs: JobRunner, tmp_path: Path) -> Non
         assert holding.wait() == 0
         os.close(read_fd)
         assert jobs.run_tool(["true"], root=root, container=101) == 0
+
+
+def test_the_volume_of_what_runs_is_not_written_to(make_node: Callable[..., Node], tmp_path: Path) -> None:
+    host = make_node("tiny")
+    host.run("create", "one", "--template", "tiny")
+    number = host.json("info", "one")["id"]
+    host.run("start", "one")
+    cgroup = detect.open_driver(host.layout).job_plan
+    jobs = JobRunner(SupervisorClient(host.layout), f"{host.layout.run}/stage", JOB_IDMAP, b"", cgroup)
+    root = plain(tmp_path)
+    with pytest.raises(WrongState, match="it is running"):
+        jobs.run_tool(["true"], root=root, container=number)
+    host.run("stop", "one")
+    read_fd, write_fd = os.pipe()
+    argv = ["sh", "-c", "touch /volume/held; cat"]
+    holding = Outcome(lambda: jobs.run_tool(argv, root=root, container=number, stdin_fd=read_fd))
+    wait_until((tmp_path / "held").exists, what="the job")
+    # And the other way round.
+    assert "its files are being worked on" in host.run("start", "one", check=False).err
+    os.close(write_fd)
+    assert holding.wait() == 0
+    os.close(read_fd)
+    host.run("start", "one")
 
 
 # Who speaks to a receiver may be anybody.

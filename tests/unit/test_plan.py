@@ -59,7 +59,14 @@ def tool_job() -> dict:
     )  # fmt: skip
 
 
-PLANS = {"container": container, "volume-job": volume_job, "tool-job": tool_job}
+def root_job() -> dict:
+    return plan.tool_job_plan(
+        idmap=FACTS.idmap, stage="/run/stage", volume="", program={"argv": ["rsync"]}, root=ROOT,
+        container=101,
+    )  # fmt: skip
+
+
+PLANS = {"container": container, "volume-job": volume_job, "tool-job": tool_job, "root-job": root_job}
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -75,6 +82,15 @@ def test_every_step_of_a_plan_can_be_read_back_and_described(name: str) -> None:
         step = steps.from_json(data)
         assert steps.to_json(step) == data
         assert re.fullmatch(r"[a-zA-Z0-9].{2,}", step.describe())
+
+
+def test_a_job_that_mounts_an_upper_says_which() -> None:
+    assert root_job()["upper"] == "/pool/uppers/101.1/rootfs"
+    plain = RootSpec((Tree("volume", "/pool/volumes/101"),))
+    made = plan.tool_job_plan(idmap=FACTS.idmap, stage="/s", volume="", program={}, root=plain)
+    assert "upper" not in made
+    assert "container" not in made
+    assert "upper" not in tool_job(), "a view mounts none"
 
 
 def test_every_start_has_a_boot_id_of_its_own() -> None:
