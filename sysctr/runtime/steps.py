@@ -152,9 +152,11 @@ class OverlayView(Step):
         target_fd = path.make_directory(context.root_fd, self.target)
         if len(self.lower) > 1:
             os.mkdir("view", 0o755)
-            # Of layers on several file systems directories would else have the numbers in which they are
-            # come upon, and two that changed places have the same again.
-            options = f"lowerdir={':'.join(self.lower)},userxattr,xino=on"
+            options = f"lowerdir={':'.join(self.lower)},userxattr"
+            if len({os.stat(low).st_dev for low in self.lower}) > 1:
+                # Else the directories have numbers in the order in which they are come upon, and two that
+                # changed places have the same again. Of one file system the kernel's log would say no thanks.
+                options += ",xino=on"
             mount.mount("overlay", "view", "overlay", 0, options)
             tree_fd = mount.open_tree("view")
             mount.umount2("view", mount.MNT_DETACH)

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from sysctr.cgroup import detect
+from sysctr.engine import tree_sync
 from sysctr.engine.job import JobRunner
 from sysctr.engine.supervisor import SupervisorClient
 from sysctr.engine.tree_sync import receive_tree, send_tree
 from sysctr.engine.trees import TreeWorker
 from sysctr.errors import Busy, NoSpace, SysctrError, WrongState
+from sysctr.runtime import wire
 from sysctr.storage.base import Base
 from sysctr.storage.overlay import OverlayDriver
 from tests import storage
@@ -346,6 +348,20 @@ def lying(argv: Sequence[str], replace: "dict[bytes, bytes]") -> Callable[[socke
         connection.shutdown(socket.SHUT_WR)
 
     return speak
+
+
+def test_a_receiver_hands_on_a_connection_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    before = len(os.listdir("/proc/self/fd"))
+    for opened in ([path], [path, path], [path, path, path], ["/dev/zero", "/dev/zero"], []):
+        ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        with ours, theirs, contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(each, "rb")) for each in opened]
+            wire.send(theirs, {}, [file.fileno() for file in files])
+            with pytest.raises(SysctrError, match="something else"):
+                tree_sync._pass_on(ours, over(theirs))
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_no_name_leads_out_of_the_volume(pair: Pair, tmp_path: Path) -> None:
