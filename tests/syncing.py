@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from sysctr.engine import seccomp
 from sysctr.engine.job import JobRunner
 from sysctr.engine.plan import Idmap
 from sysctr.engine.tree_sync import Exchange, PassMark, Received, receive_tree, send_tree
@@ -41,9 +42,10 @@ class Telling:
         self.lines.append(text)
 
 
-def runner_with(jobs: JobRunner, first: int, count: int = 65536) -> JobRunner:
-    """Return a runner under the same supervisor with other ids."""
-    return JobRunner(jobs._supervisor, jobs._stage, Idmap(first, count), b"", jobs._cgroup)
+def runner_with(jobs: JobRunner, first: int) -> JobRunner:
+    """Return a runner under the same supervisor with other ids, and the filter that containers have."""
+    allowed = seccomp.compile_filter(frozenset())
+    return JobRunner(jobs._supervisor, jobs._stage, Idmap(first, 65536), allowed, jobs._cgroup)
 
 
 def plain(directory: object) -> RootSpec:
@@ -103,14 +105,14 @@ class Pair:
         self.since: PassMark | None = None
         self.bytes = 0
 
-    def pass_(self) -> list[Received]:
+    def pass_(self, mode: str = "all", *, still: bool = False) -> list[Received]:
         """Bring the target up to date and return what each run did."""
         done = []
         since, self.since = self.since, PassMark(self.source)
-        for mode in ("listed", "all") if since else ("all",):
-            options = {"since": since} if mode == "listed" else {}
-            first = self.since if mode == "listed" or not since else None
-            sent, received = self.run(mode, mark=first, **options)
+        for each in ("listed", mode) if since else (mode,):
+            options = {"since": since} if each == "listed" else {}
+            first = self.since if each == "listed" or not since else None
+            sent, received = self.run(each, still=still, mark=first, **options)
             words = f"{sent!r}, {received!r}, {self.task.lines}, {self.their_task.lines}"
             assert sent is None, words
             assert isinstance(received, Received), words
@@ -118,7 +120,12 @@ class Pair:
         return done
 
     def run(
-        self, mode: str = "all", *, told: Callable[[int], None] = lambda count: None, **options: Any
+        self,
+        mode: str = "all",
+        *,
+        told: Callable[[int], None] = lambda count: None,
+        still: bool = False,
+        **options: Any,
     ) -> tuple[BaseException | None, Received | BaseException]:
         """Do one run and return what came of it at either end."""
 
@@ -130,14 +137,16 @@ class Pair:
             def receive() -> Received:
                 exchange = over(theirs, count)
                 try:
-                    return receive_tree(self.there, self.their_task, self.target, exchange, mode)
+                    return receive_tree(
+                        self.there, self.their_task, self.target, exchange, mode, still=still
+                    )
                 finally:
                     # Where it failed before there was an exchange, nobody else tells the other side.
                     theirs.shutdown(socket.SHUT_RDWR)
 
             def send() -> None:
                 try:
-                    send_tree(self.here, self.task, self.source, over(ours), mode, **options)
+                    send_tree(self.here, self.task, self.source, over(ours), mode, still=still, **options)
                 finally:
                     ours.shutdown(socket.SHUT_RDWR)
 

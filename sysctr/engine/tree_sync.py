@@ -33,7 +33,7 @@ Exchange = Callable[[int, int], None]
 
 # What the receiver's script ends with when the disk is full; else both end as rsync does.
 _NO_SPACE = 28
-# What went away in the meantime need not be copied.
+# Something went away in the meantime.
 _VANISHED = 24
 # rsync's for a connection that broke (SOCKETIO, STREAMIO, MESSAGEIO, SIGNAL, TIMEOUT) and the shell's for
 # SIGPIPE: not why it broke.
@@ -70,46 +70,62 @@ _CLIENT_LISTED = (
 MODES = ("all", "content", "listed")
 _CLIENTS = {"all": _CLIENT_ALL, "content": _CLIENT_CONTENT, "listed": _CLIENT_LISTED}
 
+# What an rsync says ends up in /tmp/words, and its end in `status`.
 _BEGIN = r"""
 set -eu
 export LC_ALL=C.UTF-8
 command -v rsync >/dev/null || { echo 'rsync is not installed' >&2; exit 127; }
+status=0
+# Errors that are all like these are none.
+forgive() {
+    [ "$status" = 23 ] && [ -s /tmp/words ] || return 0
+    grep -q -v -e '^file has vanished: ' -e '^rsync error: ' -e "$1" /tmp/words || status=24
+}
 end() {
     tail -c 60000 /tmp/words >&2
-    exit "$1"
+    exit "$status"
 }
-# A directory that vanishes while it is looked through is not missed; anything else would be.
+"""
+# What became something else, or shorter, under its hands is to an rsync an error, and to us as good as gone:
+# ENOENT, ENOTDIR, EISDIR, EINVAL of readlink(2), ELOOP, ENODATA for what is too short, ESTALE of an overlay.
+_SERVE = r"""
+serve() {
+    "$@" 2>/tmp/words || status=$?
+    forgive '^rsync: .* (\(2\|20\|21\|22\|40\|61\|116\))$'
+    end
+}
 look() {
-    find . -xdev "$@" 2>/tmp/words || ! grep -v 'No such file or directory$' /tmp/words >&2
+    find "$@" 2>/tmp/words && return
+    ! grep -v -e ': No such file or directory$' -e ': Not a directory$' /tmp/words >&2
 }
 """
 # Descriptor 4, where it is wanted, gets which inode each directory is now.
-_SEND = rf"""{_BEGIN}
+_SEND = rf"""{_BEGIN}{_SERVE}
 cd /source
 if [ "$1" = first ]; then
-    look -type d -fprintf /tmp/now '%i %p\0'
+    look . -xdev -type d -fprintf /tmp/now '%i %p\0'
     sort -z /tmp/now >&4
 fi
 if [ "$2" = content ]; then
-    {_SERVER_CONTENT} 2>/tmp/words || end $?
+    serve {_SERVER_CONTENT}
 else
-    {_SERVER_ALL} 2>/tmp/words || end $?
+    serve {_SERVER_ALL}
 fi
 """
 # rsync tells changes by size and time of a name. That misses a write through a mapping to a page that was
 # written to before (no time changes until it is clean again), times that were set back, and directories that
 # changed places. So what was changed since then, by the time that nobody can set, and what is in directories
 # that have another inode than before (descriptor 3 tells), is sent again whatever it looks like.
-_SEND_LISTED = rf"""{_BEGIN}
+_SEND_LISTED = rf"""{_BEGIN}{_SERVE}
 cd /source
-look -type d -fprintf /tmp/now '%i %p\0' , -type f -newerct "@$1" -fprint0 /tmp/changed
+look . -xdev -type d -fprintf /tmp/now '%i %p\0' , -type f -newerct "@$1" -fprint0 /tmp/changed
 sort -z /tmp/now >/tmp/sorted
 cat /tmp/sorted >&4
 cat <&3 >/tmp/before
 comm -z -23 /tmp/sorted /tmp/before >/tmp/new
 cut -z -d ' ' -f 2- /tmp/new >/tmp/moved
-find -files0-from /tmp/moved -maxdepth 1 -type f -print0 >>/tmp/changed 2>/dev/null || :
-{_SERVER_LISTED} 2>/tmp/words || end $?
+look -files0-from /tmp/moved -maxdepth 1 -type f -print0 >>/tmp/changed
+serve {_SERVER_LISTED}
 """
 # The remote shell of the rsync client: hands rsync's two ends to this daemon and ends. It must not stay until
 # they are done with: rsync waits for its shell before it closes them.
@@ -117,14 +133,18 @@ _CONNECT = """
 import socket
 socket.send_fds(socket.socket(fileno=3), [b"{}"], [0, 1])
 """
+# What an rsync says that gets such things. Whoever sends judges its own errors; an old one says them here.
+_THEIRS = (
+    r"^rsync: \[sender\] \|^ERROR: .* failed verification -- update discarded\.$"
+    r"\|ACL_TYPE_DEFAULT): Permission denied (13)$"
+)
 _RECEIVE = rf"""{_BEGIN}
 printf %s "$2" >/tmp/connect
-status=0
 eval "$1" >/tmp/stats 2>/tmp/words </dev/null || status=$?
-tail -c 4000 /tmp/stats >&4
-[ "$status" != 0 ] || exit 0
+tail -c {_STATISTICS_BYTES} /tmp/stats >&4
+forgive '{_THEIRS}'
 ! grep -q -e 'No space left' -e 'quota exceeded' /tmp/words || status={_NO_SPACE}
-end "$status"
+end
 """
 _TOTALS = {
     "files": re.compile(rb"^Number of regular files transferred: (\d{1,18})$", re.MULTILINE),
@@ -169,13 +189,16 @@ class PassMark:
 
 def send_tree(
     jobs: JobRunner, task: Task | None, view: RootSpec, exchange: Exchange, mode: str, *,
-    since: PassMark | None = None, mark: PassMark | None = None,
+    since: PassMark | None = None, mark: PassMark | None = None, still: bool = False,
 ) -> None:  # fmt: skip
     """Send what differs of a volume, or of a snapshot's view, to a `receive_tree` of the same mode.
 
     A pass over what changes meanwhile has a `mark`, made just before it. The first one sends all; each later
     one has two runs: "listed", which sends what was changed `since` the mark of the pass before, and then all
     again. Only the first run of a pass gets its mark.
+
+    With `still` nobody writes to the volume meanwhile, as to a snapshot, and nothing may be left out; else
+    what vanishes, or becomes something else as it is read, is left to the next pass.
 
     Raises what `exchange` raised, where that was the cause, or SysctrError.
     """
@@ -196,19 +219,21 @@ def send_tree(
             stdin_fd=theirs_in.fileno(), stdout_fd=theirs_out.fileno(),
         )  # fmt: skip
         connected = _Connected(task, lambda: exchange(ours_out.take(), ours_in.take()))
-        connected.run(run, (theirs_in, theirs_out))
+        still = still or all(one.read_only for one in view.trees)
+        connected.run(run, (theirs_in, theirs_out), still=still)
 
 
 def receive_tree(
     jobs: JobRunner, task: Task | None, root: RootSpec, exchange: Exchange, mode: str, *,
-    container: int | None = None,
+    still: bool = False, container: int | None = None,
 ) -> Received:  # fmt: skip
-    """Bring a volume up to date with what a `send_tree` sends.
+    """Bring a volume up to date with what a `send_tree` of the same mode, and as `still`, sends.
 
     `root` is what its driver's `activate` returned. With `container` it is refused while that runs; while
     another job writes to the volume it always is.
 
-    Raises NoSpace on a full disk, what `exchange` raised, where that was the cause, or SysctrError.
+    Raises NoSpace on a full disk, what `exchange` raised, where that was the cause, or SysctrError. Where the
+    job could not begin `exchange` was not called, and it is the caller who has to tell the other side.
     """
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_SEQPACKET))
@@ -219,8 +244,10 @@ def receive_tree(
         )
         connected = _Connected(task, lambda: _pass_on(ours, exchange))
         try:
-            connected.run(run, (theirs,))
+            connected.run(run, (theirs,), still=still)
         except NoSpace as error:
+            if error is connected.error:
+                raise  # the other side's
             # Where it was noticed decides about the words.
             doing = task.doing if task else "copy files"
             raise NoSpace(f"cannot {doing}: no space left on {root.trees[-1].path}") from error
@@ -254,7 +281,7 @@ class _Connected:
     def __init__(self, task: Task | None, exchange: Callable[[], None]) -> None:
         self._task = task
         self._exchange = exchange
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._broke_s = 0.0
 
     def check(self) -> None:
@@ -269,8 +296,13 @@ class _Connected:
         if self._task is not None:
             self._task.log(text)
 
-    def run(self, job: Callable[..., int], theirs: "Sequence[Fd | socket.socket]") -> None:
-        """Run the job and wait for both; `theirs` are the descriptors that only the job is to have."""
+    def run(
+        self, job: Callable[..., int], theirs: "Sequence[Fd | socket.socket]", *, still: bool
+    ) -> None:
+        """Run the job and wait for both; `theirs` are the descriptors that only the job is to have.
+
+        Raises the error that was the cause, where it did not go well.
+        """
         thread = threading.Thread(target=self._work, name="exchange", daemon=True)
         thread.start()
         status = None
@@ -282,26 +314,25 @@ class _Connected:
             for end in theirs:
                 end.close()
             thread.join()
-        self._judge(status)
+        self._judge(status, {0} if still else {0, _VANISHED})
 
     def _work(self) -> None:
         try:
             self._exchange()
         except BaseException as error:
-            self._error = error
+            self.error = error
             self._broke_s = time.monotonic()
 
-    def _judge(self, status: int | None) -> None:
-        """Raise the error that was the cause, if there was one."""
+    def _judge(self, status: int | None, good: "set[int]") -> None:
         doing = f"cannot {self._task.doing if self._task else 'copy files'}"
         if status == _NO_SPACE:
             raise NoSpace(f"{doing}: no space left on device")
-        if self._error is not None and (status is None or status in {0, _VANISHED} | _CUT):
-            raise self._error
-        if status not in (0, _VANISHED):
+        if self.error is not None and (status is None or status in good | _CUT):
+            raise self.error
+        if status not in good:
             raise SysctrError(
                 f"{doing}: the copy of its files ended with {status}", "the task's log says why"
-            ) from self._error
+            ) from self.error
 
 
 def _received(words: bytes) -> Received:

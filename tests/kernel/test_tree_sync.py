@@ -5,6 +5,7 @@ import mmap
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,19 @@ def test_nothing_is_sent_of_what_is_the_same(pair: Pair) -> None:
     assert pair.bytes < 4096
 
 
+def test_a_later_attempt_takes_what_is_there_for_what_it_is(pair: Pair) -> None:
+    for name in ("same", "other"):
+        Path(source_of(pair), name).write_bytes(bytes(5 * MIB))
+    pair.pass_()
+    path = f"{source_of(pair)}/other"
+    same_look(path, bytes(2 * MIB) + b"x" + bytes(3 * MIB - 1))
+    pair.since, pair.bytes = None, 0
+    (done,) = pair.pass_("content")
+    assert_same(pair)
+    assert done.files == 1
+    assert pair.bytes < MIB
+
+
 # What sizes and times do not tell.
 
 
@@ -275,3 +289,73 @@ def test_a_mark_that_was_made_before_the_clock_went_back_sees_everything(
     same_look(f"{source_of(pair)}/file", b"two")
     pair.pass_()
     assert Path(target_of(pair), "file").read_text() == "two"
+
+
+class Busybody(threading.Thread):
+    """Changes a tree all the time, in every way that a container has."""
+
+    def __init__(self, root: str, seed: int) -> None:
+        super().__init__(daemon=True)
+        self._root = root
+        self._chance = random.Random(seed)
+        self._enough = threading.Event()
+        self.done = 0
+
+    def __enter__(self) -> "Busybody":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._enough.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._enough.is_set():
+            with contextlib.suppress(OSError):
+                self._act(self._chance.randrange(9))
+                self.done += 1
+            self._enough.wait(0.0001)
+
+    def _somewhere(self) -> str:
+        depth = self._chance.randrange(1, 4)
+        return "/".join([self._root, *(f"n{self._chance.randrange(6)}" for _ in range(depth))])
+
+    def _act(self, what: int) -> None:
+        one, other = self._somewhere(), self._somewhere()
+        if what == 0:
+            os.mkdir(one, self._chance.choice([0o700, 0o755, 0o2775]))
+        elif what == 1:
+            os.rename(one, other)
+        elif what == 2:
+            os.unlink(one) if self._chance.random() < 0.7 else shutil.rmtree(one)
+        elif what == 3:
+            os.link(one, other, follow_symlinks=False)
+        elif what == 4:
+            os.symlink("n1", one)
+        elif what == 5:
+            os.chown(one, self._chance.randrange(3), 0, follow_symlinks=False)
+        elif what == 6 and os.path.isfile(one) and not os.path.islink(one):
+            same_look(one, self._chance.randbytes(os.stat(one).st_size))
+        else:
+            # Few sizes and times, so that many look the same.
+            size_bytes = self._chance.choice([0, 10, 5000])
+            Path(one).write_bytes(self._chance.randbytes(size_bytes))
+            os.utime(one, ns=(5, 5))
+
+
+@pytest.mark.parametrize("kind", storage.parameters(["overlay", "overlay-limited", "btrfs"]))
+@pytest.mark.parametrize("seed", range(2))
+def test_what_never_stands_still_is_the_same_when_it_does(
+    jobs: JobRunner, there: JobRunner, tmp_path: Path, kind: str, seed: int
+) -> None:
+    os.mkdir(tmp_path / "target", 0o755)
+    with volume(kind, tmp_path / "here", jobs) as (_, root), storage.shown(root) as source:
+        pair = Pair(jobs, there, root, plain(tmp_path / "target"))
+        with Busybody(source, seed) as busybody:
+            wait_until(lambda: busybody.done > 500, what="a tree")
+            for _ in range(4):
+                before = busybody.done
+                pair.pass_()
+                assert busybody.done > before
+        pair.pass_(still=True)
+        assert difference(describe(source), describe(target_of(pair))) == {}

@@ -33,24 +33,31 @@ from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel, pytest.mark.needs("loop", "userns", "idmap")]
 
-_THEIR_FIRST = 1_900_300_000
+# Of this process alone: what has these ids is looked for, and killed.
+_FIRST = 2_000_000_000 + os.getpid() % 10_000 * 2 * 65536
+
+
+@pytest.fixture
+def here(jobs: JobRunner) -> JobRunner:
+    """What works with the ids that the container has."""
+    return runner_with(jobs, _FIRST)
 
 
 @pytest.fixture
 def there(jobs: JobRunner) -> JobRunner:
     """What works with the ids that the container has on the other host."""
-    return runner_with(jobs, _THEIR_FIRST)
+    return runner_with(jobs, _FIRST + 65536)
 
 
 @pytest.fixture
-def pair(jobs: JobRunner, there: JobRunner, tmp_path: Path) -> Iterator[Pair]:
+def pair(here: JobRunner, there: JobRunner, tmp_path: Path) -> Iterator[Pair]:
     """A directory with 8 MiB to send, and an empty one; no process of either end is left in the end."""
     for name in ("source", "target"):
         os.mkdir(tmp_path / name, 0o755)
     for number in range(8):
         Path(tmp_path, "source", f"file-{number}").write_bytes(random.Random(number).randbytes(MIB))
-    yield Pair(jobs, there, plain(tmp_path / "source"), plain(tmp_path / "target"))
-    for runner in (jobs, there):
+    yield Pair(here, there, plain(tmp_path / "source"), plain(tmp_path / "target"))
+    for runner in (here, there):
         wait_until(lambda ids=runner.idmap: not processes(ids.first), what="the end of all jobs")
 
 
@@ -153,9 +160,9 @@ def test_an_overlay_on_a_full_disk_says_so_too(
 @pytest.mark.parametrize("name", ["rsync", "sh"])
 @pytest.mark.parametrize("end", ["sender", "receiver"])
 def test_whatever_is_killed_both_ends_say_so(
-    jobs: JobRunner, there: JobRunner, pair: Pair, end: str, name: str, which: int
+    here: JobRunner, there: JobRunner, pair: Pair, end: str, name: str, which: int
 ) -> None:
-    first = (jobs if end == "sender" else there).idmap.first
+    first = (here if end == "sender" else there).idmap.first
     victims: list[int] = []
 
     def kill() -> None:
@@ -173,8 +180,8 @@ def test_whatever_is_killed_both_ends_say_so(
 
 
 @pytest.mark.parametrize("end", ["sender", "receiver"])
-def test_cancelling_ends_it_at_either_end(jobs: JobRunner, there: JobRunner, pair: Pair, end: str) -> None:
-    runner, task = (jobs, pair.task) if end == "sender" else (there, pair.their_task)
+def test_cancelling_ends_it_at_either_end(here: JobRunner, there: JobRunner, pair: Pair, end: str) -> None:
+    runner, task = (here, pair.task) if end == "sender" else (there, pair.their_task)
 
     def cancel() -> None:
         assert processes(runner.idmap.first)
@@ -196,9 +203,9 @@ class PeerLost(SysctrError):
 @pytest.mark.parametrize("stopped", [False, True], ids=["alive", "stopped"])
 @pytest.mark.parametrize("end", ["sender", "receiver"])
 def test_a_broken_connection_is_the_cause_and_not_what_rsync_says_of_it(
-    jobs: JobRunner, there: JobRunner, pair: Pair, end: str, stopped: bool
+    here: JobRunner, there: JobRunner, pair: Pair, end: str, stopped: bool
 ) -> None:
-    runner, task = (jobs, pair.task) if end == "sender" else (there, pair.their_task)
+    runner, task = (here, pair.task) if end == "sender" else (there, pair.their_task)
 
     def breaking(read_fd: int, write_fd: int) -> None:
         # As soon as rsync has said its first word.
