@@ -104,10 +104,13 @@ class Sender:
         move: Move,
         views: "contextlib.AbstractContextManager[dict[str, RootSpec]]",
         *,
+        live: bool = False,
         kept: bool = False,
         state: str = "",
     ) -> None:
         """Send all volumes once; views that are `kept` never change, and no pass follows.
+
+        Of `live` ones, which change meanwhile, what vanishes is left to the next pass.
 
         `state` is the snapshot that they are of, where there is one that can be sent as a stream.
         """
@@ -120,7 +123,7 @@ class Sender:
         else:
             with views as shown:
                 for volume, view in shown.items():
-                    self._send(task, move, volume, view, kept=kept)
+                    self._send(task, move, volume, view, live=live, kept=kept)
         seconds = time.monotonic() - began_s
         sent = move.link.sent_bytes - sent_before
         move.passes.append(
@@ -130,7 +133,9 @@ class Sender:
             }
         )  # fmt: skip
 
-    def _send(self, task: Task, move: Move, volume: str, view: RootSpec, *, kept: bool = False) -> None:
+    def _send(
+        self, task: Task, move: Move, volume: str, view: RootSpec, *, live: bool = False, kept: bool = False
+    ) -> None:
         """Make the copy of a volume over there what the view shows; what is `kept` never changes."""
         jobs = self._host.jobs_for(move.record)
         mark = None if kept else PassMark(view)
@@ -139,19 +144,23 @@ class Sender:
             # A pass that is cut short has sent some of what it saw: what changes from here on is listed next.
             move.marks.setdefault(volume, mark)
         if since is not None:
-            self._run(move, volume, "listed", partial(send_tree, jobs, task, view, since=since, mark=mark))
+            listed = partial(send_tree, jobs, task, view, since=since, mark=mark)
+            self._run(move, volume, "listed", listed, still=not live)
         # What stands there already is of another build of the template, or of another time, and may look the
         # same without being it.
         mode = "all" if volume in move.plain else "content"
         first = mark if since is None else None
-        self._run(move, volume, mode, partial(send_tree, jobs, task, view, mark=first))
+        self._run(move, volume, mode, partial(send_tree, jobs, task, view, mark=first), still=not live)
         move.plain.add(volume)
         if mark is not None:
             move.marks[volume] = mark
 
-    def _run(self, move: Move, volume: str, mode: str, send: Callable[..., None]) -> None:
+    def _run(
+        self, move: Move, volume: str, mode: str, send: Callable[..., None], *, still: bool
+    ) -> None:
+        work = partial(send, mode=mode, still=still)
         move.link.transfer(
-            "sync", lambda exchange: send(exchange=exchange, mode=mode), volume=volume, mode=mode
+            "sync", lambda exchange: work(exchange=exchange), volume=volume, mode=mode, still=still
         )
 
     def send_state(self, task: Task, move: Move, snapshot: OfferedSnapshot) -> None:

@@ -217,7 +217,8 @@ class Outgoing:
             number = len(move.passes) + 1
             task.step(_words(move.passes, number))
             move.link.keep_trying(
-                lambda: self._sender.send_pass(task, move, self._sender.live_views(move)), patience_s
+                lambda: self._sender.send_pass(task, move, self._sender.live_views(move), live=True),
+                patience_s,
             )
             fault.point("migrate.pass.done")
             seconds = move.passes[-1]["seconds"]

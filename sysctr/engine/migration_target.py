@@ -98,7 +98,7 @@ class Incoming:
                     root = driver.activate(name)
                     receive_tree(
                         self._host.jobs_for(draft_record(entry)), None, root, channel.exchange,
-                        mode=str(message["mode"]),
+                        mode=str(message["mode"]), still=bool(message["still"]),
                     )  # fmt: skip
                     # Not when the container stands still: by then there is little left to write.
                     sync_root(root)

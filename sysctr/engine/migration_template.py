@@ -80,7 +80,7 @@ class Templates:
             def build(building: str) -> Made:
                 channel.send({"ok": {"have": False}})
                 root = RootSpec((Tree("volume", f"{building}/rootfs"),))
-                receive_tree(host.jobs_for_templates(), None, root, channel.exchange, "all")
+                receive_tree(host.jobs_for_templates(), None, root, channel.exchange, "all", still=True)
                 return Made(
                     source=Source(kind="peer", name=peer.name, digest=""), version=message["version"],
                     description=message["description"], init=message["init"],

@@ -60,7 +60,10 @@ class Migrations:
         peers.register("migrate.check", Shape({"offer": Anything()}), self._incoming.check)
         for op, fields, handler in (
             ("begin", {"offer": Anything()}, self._incoming.begin),
-            ("sync", {"volume": _NAME, "mode": Text(16, choices=MODES)}, self._incoming.sync),
+            (
+                "sync", {"volume": _NAME, "mode": Text(16, choices=MODES), "still": Flag()},
+                self._incoming.sync,
+            ),
             ("stream", {"volume": _NAME, "snapshot": _NAME}, self._incoming.stream),
             ("turn", {"volume": _NAME, "snapshot": _NAME}, self._incoming.turn),
             ("keep", {"snapshot": _NAME}, self._incoming.keep),
