@@ -44,7 +44,7 @@ def test_one_round_of_migrations_fills_its_table() -> None:
         for column, values in bench.samples[row].items():
             assert len(values) == 2, f"{row}, {column}"
             assert min(values) > 0, f"{row}, {column}"
-    assert len(migrate.ratios(bench.samples, options.size)) == 6
+    assert len(migrate.ratios(bench.samples, options.size)) == 8
     left = [line for line in leaks.picture() - before if "lxc" in line or "link lx" in line]
     assert left == []
 
@@ -54,11 +54,13 @@ def test_migrations_are_judged_by_medians() -> None:
         migrate.DOWN: {
             "sysctr, 100 MB": [0.5, 0.6, 9.0], "LXC, 100 MB": [3.0], "sysctr, 600 MB": [0.9],
         },
+        migrate.REPORTED: {"sysctr, 100 MB": [0.5]}, migrate.WHOLE: {"LXC, 100 MB": [2.0]},
         migrate.SPEED: {"sysctr, first pass": [90.0], "plain rsync": [100.0]},
         migrate.SENT: {"sysctr, stopped": [105.0]}, migrate.WRITTEN: {"stopped": [100.0]},
     }  # fmt: skip
     assert migrate.ratios(samples, [100, 600]) == [
         "- 100 MB: down for 0.60 s (aim ≤ 2), 0.20 of LXC's (aim ≤ 0.3)",
+        "- 100 MB, until init runs: 0.50 s, 0.25 of LXC's",
         "- down for the largest against the smallest: 1.50 (aim about 1)",
         "- speed of the first pass against plain rsync: 0.90 (aim ≥ 0.8)",
         "- sent against what the container wrote: 1.05 (aim ≤ 1.1)",
