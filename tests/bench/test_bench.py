@@ -45,7 +45,9 @@ def test_one_round_of_migrations_fills_its_table() -> None:
             assert len(values) == 2, f"{row}, {column}"
             assert min(values) > 0, f"{row}, {column}"
     assert len(migrate.ratios(bench.samples, options.size)) == 8
-    left = [line for line in leaks.picture() - before if "lxc" in line or "link lx" in line]
+    # The lxcfs of another host is that host's own business.
+    new = [line.replace("lxcfs", "") for line in leaks.picture() - before]
+    left = [line for line in new if "lxc" in line or "link lx" in line]
     assert left == []
 
 
