@@ -1,5 +1,6 @@
 """The virtual host that the tests in here share: built when the cache has none, booted once."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,10 +61,25 @@ def vm_image() -> Image:
 
 
 @pytest.fixture(scope="session")
-def vm(vm_image: Image) -> Iterator[Machine]:
-    """A virtual host with pure cgroup v2, systemd and AppArmor, as Debian ships them."""
-    with Machine(vm_image) as machine:
-        yield machine
+def vm_port() -> int:
+    """The port of this machine's loopback device that leads to the port of the virtual host for its peers."""
+    return free_port()
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def vm(vm_image: Image, vm_port: int) -> Iterator[Machine]:
+    """A virtual host with pure cgroup v2, systemd and AppArmor, as Debian ships them.
+
+    Its network is down until a test wants it.
+    """
+    with Machine(vm_image, nics=[f"user,model=virtio-net-pci,hostfwd=tcp:127.0.0.1:{vm_port}-:8645"]) as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

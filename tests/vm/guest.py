@@ -10,6 +10,14 @@ SYSCTR = "/usr/local/bin/sysctr"
 CGROUP = f"/sys/fs/cgroup/{Layout('').cgroup}"
 
 
+def as_root_of(pid: int) -> list[str]:
+    """Return what a command line begins with that has the ids and rights of a container's root.
+
+    The files are the host's: only as such a user are ids, capabilities and access lists those from inside.
+    """
+    return ["nsenter", "--user", "--target", str(pid), "-S", "0", "-G", "0", "--"]
+
+
 @dataclass(frozen=True)
 class Container:
     """A container of a virtual host, by its name there."""
@@ -24,6 +32,12 @@ class Container:
     def exec(self, script: str, timeout_s: float = 300) -> Result:
         """Run a shell script in the container."""
         return self.vm.run([SYSCTR, "exec", self.name, "--", "sh", "-c", script], timeout_s=timeout_s)
+
+    def python(self, code: str, *arguments: str) -> str:
+        """Run Python of the virtual host as the container's root; its first argument is the container's /."""
+        pid = self.info()["pid"]
+        return self.vm.output([*as_root_of(pid), "/usr/bin/python3", "-I", "-c", code, f"/proc/{pid}/root",
+                               *arguments])  # fmt: skip
 
     def info(self) -> dict:
         """Return all that `sysctr info` knows."""

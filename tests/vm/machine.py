@@ -12,6 +12,8 @@ A machine has no network unless `nics` names some, each the value of QEMU's `-ni
 eth1 … and leaves them down. To link it with this host make a tap device (`ip tuntap add NAME mode tap`), give
 it an address or a bridge, and pass `tap,ifname=NAME,script=no,downscript=no,model=virtio-net-pci`. To link
 two machines pass `socket,listen=127.0.0.1:PORT,model=virtio-net-pci` to one, `socket,connect=…` to the other.
+What needs nothing of this host's network is `user,hostfwd=tcp:127.0.0.1:PORT-:PORT,model=virtio-net-pci`: a
+guest that gives itself 10.0.2.15 is reached at that port, and reaches our loopback device at 10.0.2.2.
 """
 
 import fcntl
