@@ -12,6 +12,8 @@ import os
 import socket
 import stat
 
+from sysctr.linux import attributes
+
 WHITEOUT = os.makedev(0, 0)
 OPAQUE = "user.overlay.opaque"
 # Of an upper's past: where it was copied from, and what the kernel counts. No frozen layer needs it, and in
@@ -231,7 +233,7 @@ def copy_attributes(source_fd: int, target_fd: int) -> None:
         if name in MARKS:
             continue
         try:
-            os.setxattr(target_fd, name, os.getxattr(source_fd, name))
+            os.setxattr(target_fd, name, attributes.read(source_fd, name))
         except OSError as error:
             # A label of the host's own security module is the host's to give.
             label = name.startswith("security.") and name != "security.capability"

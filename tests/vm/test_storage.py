@@ -1,14 +1,17 @@
 """What storage does on a real host: a disk that grows while it is mounted, states kept and brought back."""
 
 import re
+import struct
 from collections.abc import Iterator
 
 import pytest
 
 from tests.vm.guest import CGROUP, Container
 from tests.vm.machine import Machine
+from tests.wait import wait_until
 
 _MIB = 1 << 20
+_ACL = "system.posix_acl_access"
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,17 @@ def limited(installed: Machine) -> Iterator[Container]:
     one.start("--template", "tiny", "--disk", "64M")
     yield one
     one.destroy()
+
+
+# An access list of one user beside those of the mode.
+_LIST = """
+import os, struct, sys
+path = sys.argv[1] + "/srv/listed"
+entries = ((1, 7, -1), (2, 7, 33), (4, 5, -1), (16, 7, -1), (32, 0, -1))
+data = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *one) for one in entries)
+os.mkdir(path)
+os.setxattr(path, "system.posix_acl_access", data)
+"""
 
 
 def size_bytes(container: Container) -> int:
@@ -80,3 +94,25 @@ def test_work_on_files_has_bounds_and_leaves_no_cgroup(limited: Container) -> No
     assert left.strip() == "0"
     controllers = limited.vm.output(["cat", f"{CGROUP}/jobs/cgroup.subtree_control"]).split()
     assert {"memory", "pids"} <= set(controllers)
+
+
+def test_access_lists_outlive_the_merging_of_layers(installed: Machine) -> None:
+    # Linux 6.1 shows the users of a list as nobody to who reads it through an idmapped mount as Python does.
+    one = Container(installed, "merged")
+    one.start("--template", "tiny")
+    number = one.info()["id"]
+    one.python(_LIST)
+    for name in ("first", "second"):
+        one.sysctr("snapshot", one.name, name)
+        one.exec(f"touch /srv/listed/{name}")
+    layers = ["sh", "-c", f"ls -d /var/lib/sysctr/storage/default/*/{number}.*"]
+    before = set(installed.output(layers).split())
+    one.sysctr("delsnapshot", one.name, "first")
+    wait_until(lambda: len(installed.output(layers).split()) < len(before), 120, "a layer less")
+    kept = [path for path in installed.output(layers).split() if path not in before]
+    assert kept
+    for directory in kept:
+        path = f"{directory}/rootfs/srv/listed"
+        data = installed.output(["python3", "-c", f"import os; print(os.getxattr('{path}', '{_ACL}').hex())"])
+        assert struct.unpack("<HHi", bytes.fromhex(data)[12:20]) == (2, 7, 33)
+    one.destroy()
