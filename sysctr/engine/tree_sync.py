@@ -41,6 +41,7 @@ _CUT = frozenset({10, 12, 13, 20, 30, 128 + 13})
 # How long an rsync may take to say why it ended after its connection did.
 _LAST_WORDS_S = 3.0
 _PIPE_BYTES = 1 << 20
+_SO_SNDBUFFORCE = 32  # of asm-generic/socket.h; above net.core.wmem_max, for root
 _STATISTICS_BYTES = 4096
 
 # An upper's past, which means nothing in a copy of it (sysctr.runtime.layers.MARKS).
@@ -268,6 +269,10 @@ def _pass_on(control: socket.socket, exchange: Exchange) -> None:
         raise SysctrError("cannot connect rsync: its remote shell sent something else")
     for fd in fds:
         os.set_blocking(fd, True)  # as the sender's are
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            # So much as the sender's pipes hold: each wait for the other takes a turn of the processor.
+            with socket.socket(fileno=os.dup(fd)) as same:
+                same.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _PIPE_BYTES)
     exchange(*fds)
 
 
