@@ -1,11 +1,13 @@
 """Snapshots that go to a peer as streams of the storage driver's own format, where both ends have it."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sysctr.errors import SysctrError
+from sysctr.peer.channel import Channel
 from sysctr.storage.base import Streams
 
 # Moves bytes between this descriptor to read and this one to write, and the other side; closes both.
@@ -40,6 +42,25 @@ def receive_stream(
             os.close(read_fd)
 
     _both(consume, lambda: exchange(null_fd, write_fd))
+
+
+@contextlib.contextmanager
+def taking(channel: Channel, answer: dict[str, Any]) -> Iterator[Exchange]:
+    """Tell the other side to send, and give what moves the bytes; it hears why, if it comes to nothing."""
+    begun = False
+
+    def exchange(read_fd: int, write_fd: int) -> None:
+        nonlocal begun
+        begun = True
+        channel.exchange(read_fd, write_fd)
+
+    channel.send({"ok": answer})
+    try:
+        yield exchange
+    except SysctrError as error:
+        if not begun:
+            channel.decline(error)
+        raise
 
 
 def _both(work: Callable[[], None], exchange: Callable[[], None]) -> None:

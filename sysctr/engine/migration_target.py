@@ -24,7 +24,7 @@ from sysctr.engine.migration_check import (
 )
 from sysctr.engine.migration_journal import ARRIVING, MID, Entry, MigrationJournal
 from sysctr.engine.migration_offer import Offer, OfferedSnapshot, parse_offer
-from sysctr.engine.migration_streams import receive_stream
+from sysctr.engine.migration_streams import Exchange, receive_stream, taking
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.tree_sync import receive_tree
 from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
@@ -93,11 +93,11 @@ class Incoming:
         with self._receiving(peer, message) as (entry, session):
             volume = own_of(parse_offer(entry["offer"]), str(message["volume"])).name
             driver, name = self._arrival.volume(entry, volume)
-            with self._taking(session, volume, channel):
+            with self._taking(session, volume, channel) as exchange:
                 try:
                     root = driver.activate(name)
                     receive_tree(
-                        self._host.jobs_for(draft_record(entry)), None, root, channel.exchange,
+                        self._host.jobs_for(draft_record(entry)), None, root, exchange,
                         mode=str(message["mode"]), still=bool(message["still"]),
                     )  # fmt: skip
                     # Not when the container stands still: by then there is little left to write.
@@ -123,19 +123,19 @@ class Incoming:
             if any(one.name == snapshot for one in driver.snapshots(name)):
                 # It came before a connection broke, and nobody knows of it.
                 driver.delete_snapshot(name, snapshot)
-            with self._taking(session, volume, channel):
-                receive_stream(cast(Streams, driver), name, snapshot, note, channel.exchange)
+            with self._taking(session, volume, channel) as exchange:
+                receive_stream(cast(Streams, driver), name, snapshot, note, exchange)
                 if present:
                     drop_present(driver, name, but=snapshot)
                     self._journal.write(entry, present={**entry["present"], volume: snapshot})
             return {}
 
     @contextlib.contextmanager
-    def _taking(self, session: _Session, volume: str, channel: Channel) -> Iterator[None]:
+    def _taking(self, session: _Session, volume: str, channel: Channel) -> Iterator[Exchange]:
         """Let the source send a stream to a volume; it is complete when that has ended well."""
         session.complete.discard(volume)
-        channel.send({"ok": {}})
-        yield
+        with taking(channel, {}) as exchange:
+            yield exchange
         fault.point("migrate.in.synced")
         session.complete.add(volume)
 

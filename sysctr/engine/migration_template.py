@@ -6,6 +6,7 @@ from typing import Any
 
 from sysctr.engine.host import Host
 from sysctr.engine.migration_link import why
+from sysctr.engine.migration_streams import taking
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.engine.tasks import Task
@@ -78,9 +79,9 @@ class Templates:
                 return {"have": True}
 
             def build(building: str) -> Made:
-                channel.send({"ok": {"have": False}})
                 root = RootSpec((Tree("volume", f"{building}/rootfs"),))
-                receive_tree(host.jobs_for_templates(), None, root, channel.exchange, "all", still=True)
+                with taking(channel, {"have": False}) as exchange:
+                    receive_tree(host.jobs_for_templates(), None, root, exchange, "all", still=True)
                 return Made(
                     source=Source(kind="peer", name=peer.name, digest=""), version=message["version"],
                     description=message["description"], init=message["init"],

@@ -1,6 +1,7 @@
 """A connection to another host: messages, calls that are answered, and streams in between."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,17 @@ class Channel:
             self._wire, read_fd, write_fd, told=told, check=check, rate_bytes=rate_bytes, idle_s=idle_s
         )
         return stream.run()
+
+    def decline(self, error: SysctrError) -> None:
+        """Break a stream off that the other side is about to send, for the reason that it is told."""
+
+        def check() -> None:
+            raise error
+
+        read_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        write_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        with contextlib.suppress(SysctrError):
+            self.exchange(read_fd, write_fd, check=check)
 
     def abort(self) -> None:
         """End the connection from another thread: whoever uses it finds it broken."""
