@@ -85,6 +85,7 @@ class Outgoing:
         report = self._survey.examine(record, options)
         offer, placed = report.pop("offer"), report.pop("placed")
         if options.dry_run:
+            del report["template"]
             return report
         refuse_blocked(record.title, report["blockers"])
         if offer.template and not report["template"] and self._has_template(offer.template):
@@ -92,7 +93,7 @@ class Outgoing:
             report = self._survey.examine(record, options)
             offer, placed = report.pop("offer"), report.pop("placed")
             refuse_blocked(record.title, report["blockers"])
-        del report["template"]
+        template = report.pop("template")
         mid = secrets.token_hex(8)
         peer = self._peers.get(options.peer)
         link = Link(self._peers, peer, mid, offer.as_dict(), task)
@@ -100,6 +101,8 @@ class Outgoing:
         move = Move(
             record, offer, link, self._snapshots.volumes(record),
             {one["source"]: Placed(**one) for one in placed},
+            # What stands on no template is empty over there.
+            plain={one.name for one in offer.volumes if not (one.root and template)},
         )  # fmt: skip
         self._alive.add(mid)
         self._journal.write(
