@@ -16,6 +16,7 @@ from sysctr.linux import process
 from sysctr.peer import identity
 from sysctr.peer.channel import Channel, PeerLost
 from sysctr.peer.dial import dial
+from sysctr.peer.frame import FIRST_LIMIT_BYTES
 from sysctr.peer.identity import Identity
 from sysctr.peer.message import Items, Shape, Speakers, Text, Whole, shown
 
@@ -32,17 +33,20 @@ _WRONG_PAUSE_S = 0.25
 _MOST_WRONG_PAUSE_S = 3.0
 _WRONG_MEMORY_S = 60.0
 
+# What ends in messages and in the log, and is shown to people.
+_PLAIN = "[\x20-\x7e]*"
+_VERSION = Text(32, pattern=_PLAIN)
 _FINGERPRINTS = Items(Text(64, pattern="[0-9a-f]{64}"), 8)
 _HELLO = Shape(
-    {"op": Text(16), "protocol": Whole(1, 1000), "version": Text(32), "name": Text(255)},
+    {"op": Text(16), "protocol": Whole(1, 1000), "version": _VERSION, "name": Text(255)},
     {
-        "arch": Text(64), "kernel": Text(128), "rsync": Text(32), "accepts": _FINGERPRINTS,
-        "next": CERTIFICATE,
+        "arch": Text(64, _PLAIN), "kernel": Text(128, _PLAIN), "rsync": Text(32, _PLAIN),
+        "accepts": _FINGERPRINTS, "next": CERTIFICATE,
     },
 )  # fmt: skip
 _JOIN = Shape(
     {
-        "op": Text(16), "protocol": Whole(1, 1000), "version": Text(32), "secret": Text(64),
+        "op": Text(16), "protocol": Whole(1, 1000), "version": _VERSION, "secret": Text(64),
         "name": Text(255), "certificate": CERTIFICATE, "addresses": ADDRESSES,
         "proof": Text(256, pattern="([0-9a-f]{2})*"),
     }
@@ -84,7 +88,7 @@ class Talk:
         channel = dial(peer.addresses, peer.trusted, own, timeout_s, name=peer.name)
         try:
             # It speaks first: by that we know that it takes our certificate.
-            self._meet(peer, channel, channel.receive(_HELLO_S))
+            self._meet(peer, channel, channel.receive(_HELLO_S, FIRST_LIMIT_BYTES))
             channel.send(self._hello(self._book.find(peer.id)))
         except BaseException:
             channel.close()
@@ -120,7 +124,7 @@ class Talk:
         channel.name = peer.name
         channel.send(self._hello(peer))
         try:
-            self._meet(peer, channel, channel.receive(_HELLO_S))
+            self._meet(peer, channel, channel.receive(_HELLO_S, FIRST_LIMIT_BYTES))
         except PeerLost:
             raise
         except SysctrError as error:
@@ -206,7 +210,7 @@ class Talk:
 
     def _serve_stranger(self, channel: Channel) -> None:
         """Serve a host that has shown no certificate: it may join, with a token, and nothing else."""
-        message = channel.receive(_HELLO_S)
+        message = channel.receive(_HELLO_S, FIRST_LIMIT_BYTES)
         try:
             if message.get("op") != "peer.join":
                 raise Refused("cannot do that: this host does not know you", "`sysctr peer join` first")

@@ -58,8 +58,10 @@ class Channel:
         """Send a message; returns when the kernel has it."""
         self._wire.write(frame.encode(message), _SEND_S)
 
-    def receive(self, timeout_s: float) -> dict[str, Any]:
-        """Return the next message, all of which has to come within the time."""
+    def receive(
+        self, timeout_s: float, limit_bytes: int = frame.MESSAGE_LIMIT_BYTES
+    ) -> dict[str, Any]:
+        """Return the next message, all of which has to come within the time, and which is no longer."""
         deadline_s = time.monotonic() + timeout_s
         try:
             for _ in range(_MOST_STRAY):
@@ -68,6 +70,8 @@ class Channel:
                 )
                 if kind == PIECE and length:
                     raise Garbled("it sends what is not expected")
+                if length > limit_bytes:
+                    raise Garbled(f"it sends {length} bytes at once")
                 body = self._wire.read(length, deadline_s)
                 if kind == MESSAGE:
                     return frame.decode(body)

@@ -15,10 +15,14 @@ END = b"E"  # of that direction of a stream
 BROKEN = b"X"  # both directions of a stream end, for the reason in it
 
 MESSAGE_LIMIT_BYTES = 16 << 20
+# Of who has not shown yet that it is somebody: a token, or a greeting.
+FIRST_LIMIT_BYTES = 64 << 10
 PIECE_LIMIT_BYTES = 1 << 20
 BROKEN_LIMIT_BYTES = 64 << 10
 LIMITS = {MESSAGE: MESSAGE_LIMIT_BYTES, PIECE: PIECE_LIMIT_BYTES, END: 0, BROKEN: BROKEN_LIMIT_BYTES}
 
+# Each value of a message takes up to a hundred bytes of memory, and may have been two in the message.
+_MOST_VALUES = 400_000
 _TEXT_LIMIT = 4096
 _CODE = re.compile(r"[a-z][a-z-]{0,31}")
 
@@ -56,6 +60,9 @@ def encode(message: dict[str, Any]) -> bytes:
 
 def decode(body: bytes) -> dict[str, Any]:
     """Return the message in a frame's body; Garbled for what is no JSON object."""
+    # Every value but the first of each list and object has a comma before it.
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise Garbled("it sends a message of too many values")
     try:
         message = json.loads(body.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

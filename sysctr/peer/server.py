@@ -125,7 +125,15 @@ class Server:
                 self._guests.append(guest)
             if out is not None:
                 out.turn_out()
-            guest.thread.start()
+            try:
+                guest.thread.start()
+            except RuntimeError:
+                # Out of threads; whoever comes later must find somebody who accepts.
+                log.error("cannot take a connection of another host: no thread can be started")
+                with self._lock:
+                    self._guests.remove(guest)
+                sock.close()
+                time.sleep(_PAUSE_S)
 
     def _attend(self, guest: _Guest) -> None:
         try:
