@@ -150,7 +150,20 @@ class _LogFile(logging.FileHandler):
             self.release()
 
 
-class _JournalFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """One line for each message: what somebody else has said in it is no line of its own, and no escape."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line of a message, without the traceback that may follow."""
+        if not record.message.isprintable():
+            record.message = "".join(
+                each if each.isprintable() else each.encode("unicode_escape").decode()
+                for each in record.message
+            )
+        return super().formatMessage(record)
+
+
+class _JournalFormatter(_Formatter):
     """Lines with the <priority> that systemd reads from stderr."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -168,12 +181,12 @@ def _set_up_logging(where: Layout, *, foreground: bool) -> None:
         handler.setFormatter(_JournalFormatter("%(message)s"))
     elif foreground:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     else:
         # Beyond ASCII whatever a client sent comes out escaped.
         handler = _LogFile(f"{where.log}/daemon.log", encoding="utf-8", errors="backslashreplace")
         os.chmod(f"{where.log}/daemon.log", 0o640)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # It says at level info what we say better ourselves.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
