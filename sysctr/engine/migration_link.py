@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sysctr.engine.migration_answers import read_answer
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.engine.tasks import Task
@@ -44,6 +45,8 @@ class Link:
         # What the target said last of how far it is.
         self.begun: dict[str, Any] = {}
         self._peers = peers
+        # Somebody may call it something else meanwhile.
+        self._id = peer.id
         self._offer = offer
         self._task = task
         self._channel: Channel | None = None
@@ -59,7 +62,8 @@ class Link:
         self.close()
         channel = self._peers.connect(self._peer_id)
         try:
-            self.begun = channel.call(self._begin, _ANSWER_S, id=self.mid, offer=self._offer)
+            told = channel.call(self._begin, _ANSWER_S, id=self.mid, offer=self._offer)
+            self.begun = read_answer(channel, "begin", told)
         except BaseException:
             channel.close()
             raise
@@ -68,7 +72,9 @@ class Link:
 
     def call(self, op: str, timeout_s: float = _ANSWER_S, **fields: Any) -> dict[str, Any]:
         """Send a message about this migration and return the answer."""
-        return self.call_as(f"migrate.{op}", timeout_s, **fields)
+        told = self.call_as(f"migrate.{op}", timeout_s, **fields)
+        assert self._channel is not None
+        return read_answer(self._channel, op, told)
 
     def call_as(self, op: str, timeout_s: float = _ANSWER_S, **fields: Any) -> dict[str, Any]:
         """Send any message that names this migration, and return the answer."""

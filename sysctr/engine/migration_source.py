@@ -18,6 +18,7 @@ from sysctr.engine.creation import Creation
 from sysctr.engine.handover import Action, Source, Target
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
+from sysctr.engine.migration_answers import read_answer
 from sysctr.engine.migration_check import Placed, refuse_blocked
 from sysctr.engine.migration_journal import Entry, MigrationJournal
 from sysctr.engine.migration_link import Link
@@ -155,7 +156,7 @@ class Outgoing:
         self, task: Task, report: dict[str, Any], move: Move, options: Options, answer: dict[str, Any],
         down_s: float | None, seconds: float,
     ) -> dict[str, Any]:  # fmt: skip
-        there = {**report["there"], "id": answer["id"], "name": answer["name"]}
+        there = {**report["there"], **{key: answer[key] for key in ("id", "name") if key in answer}}
         after = list(answer.get("addresses", ()))
         for (_, card), ip in zip(there["addresses"].items(), after, strict=False):
             card["after"] = ip
@@ -400,7 +401,7 @@ class Outgoing:
 
     def _say(self, entry: Entry, op: str, **fields: Any) -> dict[str, Any]:
         with contextlib.closing(self._peers.connect(entry["peer"])) as channel:
-            return channel.call(f"migrate.{op}", id=entry["id"], **fields)
+            return read_answer(channel, op, channel.call(f"migrate.{op}", id=entry["id"], **fields))
 
     def _entry(self, mid: str) -> Entry:
         entry = self._journal.get(mid)
@@ -413,6 +414,10 @@ class Outgoing:
             record = self._host.store.load(entry["number"])
             return record if record.uuid == entry["uuid"] else None
         return None
+
+    def is_here(self, entry: Entry) -> bool:
+        """Tell whether the container of an entry exists: another one may have got its number since."""
+        return self._record(entry) is not None
 
     def is_away(self, entry: Entry) -> bool:
         """Tell whether the record of the container says that this migration took it away."""

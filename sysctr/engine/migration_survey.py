@@ -8,6 +8,7 @@ from typing import Any
 
 from sysctr.engine import firewall
 from sysctr.engine.host import Host
+from sysctr.engine.migration_answers import read_verdict
 from sysctr.engine.migration_offer import Offer, OfferedSnapshot, OfferedVolume, Wishes
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
@@ -106,7 +107,8 @@ class Survey:
         peer = self._peers.get(options.peer)
         offer = self.offer(record, options)
         with contextlib.closing(self._peers.connect(peer.name)) as channel:
-            verdict = channel.call("migrate.check", offer=offer.as_dict())
+            told = channel.call("migrate.check", offer=offer.as_dict())
+            verdict = read_verdict(channel, told, {one.name: one.native for one in offer.volumes})
         blockers = [*self._own_blockers(record, peer, offer, options), *verdict["blockers"]]
         cards = record.config.nets if record.config is not None else ()
         before = {nic.name: offer.addresses.get(str(nic.index), "") for nic in cards}
