@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
-from sysctr.errors import SysctrError
+from sysctr.errors import Refused, SysctrError
 from sysctr.linux import files
 from sysctr.paths import Layout
 from sysctr.storage.tree import explain
@@ -37,6 +38,8 @@ class MigrationJournal:
         self._directory = where.migrations
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
+        # Told of every migration that is new here.
+        self.on_new: Callable[[], None] = lambda: None
 
     def load(self) -> None:
         """Read what the last daemon left; an entry that is damaged is set aside and logged."""
@@ -66,13 +69,20 @@ class MigrationJournal:
     def write(self, entry: Entry, **changes: Any) -> Entry:
         """Keep an entry with changes; it is on the disk when this returns, and is returned."""
         kept = {**entry, **changes, "schema": SCHEMA}
+        data = json.dumps(kept).encode() + b"\n"
+        if len(data) > _LARGEST_BYTES:
+            # The next daemon would not read it, and take what belongs to it for nobody's.
+            raise Refused(f"cannot note how far the migration is: that takes {len(data)} bytes")
         try:
             os.makedirs(self._directory, 0o700, exist_ok=True)
-            files.write_atomically(self._path(kept["id"]), json.dumps(kept).encode() + b"\n")
+            files.write_atomically(self._path(kept["id"]), data)
         except OSError as error:
             raise explain(error, "note how far the migration is", self._directory) from error
         with self._lock:
+            new = kept["id"] not in self._entries
             self._entries[kept["id"]] = kept
+        if new:
+            self.on_new()
         return kept
 
     def remove(self, mid: str) -> None:

@@ -415,10 +415,6 @@ class Outgoing:
             return record if record.uuid == entry["uuid"] else None
         return None
 
-    def is_here(self, entry: Entry) -> bool:
-        """Tell whether the container of an entry exists: another one may have got its number since."""
-        return self._record(entry) is not None
-
     def is_away(self, entry: Entry) -> bool:
         """Tell whether the record of the container says that this migration took it away."""
         record = self._record(entry)

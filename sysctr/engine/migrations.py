@@ -15,6 +15,7 @@ from sysctr.engine.creation import Creation
 from sysctr.engine.handover import Action, Side, Source, Target
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
+from sysctr.engine.migration_answers import read_answer
 from sysctr.engine.migration_journal import ARRIVING, Entry, MigrationJournal
 from sysctr.engine.migration_source import Outgoing, away_facts
 from sysctr.engine.migration_survey import Options
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 # How soon the peer of an open migration is tried again, and how seldom at last.
 _SOON_S = 0.5
 _SELDOM_S = 15.0
+# How long one peer that answers slowly keeps the others from being asked again.
+_ROUND_S = 1.0
 _HOLD_S = 60.0
 _MID = Text(16, pattern="[0-9a-f]{16}")
 _NAME = Text(64)
@@ -50,13 +53,17 @@ class Migrations:
         self._lifecycle = lifecycle
         self._peers = peers
         self.journal = MigrationJournal(host.where)
+        self.journal.on_new = self.look
         self._outgoing = Outgoing(host, lifecycle, creation, snapshots, peers, self.journal)
         self.incoming = self._incoming = Incoming(host, lifecycle, self.journal, creation.discard_volumes)
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
+        # What is settled with each peer: one that does not answer keeps nobody else waiting.
+        self._settling: dict[str, threading.Thread] = {}
         host.guards.append(self._guard)
         peers.guards.append(self._refuse_forgetting)
+        peers.on_forced.append(self._give_up)
         peers.register("migrate.check", Shape({"offer": Anything()}), self._incoming.check)
         for op, fields, handler in (
             ("begin", {"offer": Anything()}, self._incoming.begin),
@@ -105,8 +112,9 @@ class Migrations:
     def _follow(self) -> None:
         wait_s = _SOON_S
         while not self._closing:
-            open_entries = [entry for entry in self._open() if not self._worked_on(entry)]
-            left = [entry for entry in open_entries if not self._settled(entry)]
+            for worker in [self._settle_with(peer) for peer in {one["peer"] for one in self._unworked()}]:
+                worker.join(_ROUND_S)
+            left = self._unworked()
             any_at_all = bool(self._open())
             if self._wake.wait(wait_s if any_at_all else None):
                 self._wake.clear()
@@ -117,12 +125,29 @@ class Migrations:
     def _open(self) -> "list[Entry]":
         return self.journal.all("source", "target")
 
+    def _settle_with(self, peer: str) -> threading.Thread:
+        """Settle in a thread what is open with a peer, unless that goes on already."""
+        worker = self._settling.get(peer)
+        if worker is None or not worker.is_alive():
+            worker = threading.Thread(target=self._settle_all, args=(peer,), name="settling", daemon=True)
+            self._settling[peer] = worker
+            worker.start()
+        return worker
+
+    def _settle_all(self, peer: str) -> None:
+        for entry in self._unworked():
+            if entry["peer"] == peer and not self._closing:
+                self._settle(entry)
+
+    def _unworked(self) -> "list[Entry]":
+        return [entry for entry in self._open() if not self._worked_on(entry)]
+
     def _worked_on(self, entry: Entry) -> bool:
         if entry["role"] == "source":
             return self._outgoing.alive(entry["id"])
         return self._incoming.talking(entry["id"])
 
-    def _settled(self, entry: Entry) -> bool:
+    def _settle(self, entry: Entry) -> None:
         try:
             if entry["role"] == "source":
                 self._settle_source(entry["id"])
@@ -132,7 +157,6 @@ class Migrations:
             log.debug("migration %s: %s", entry["id"], error.message)
         except Exception:
             log.exception("migration %s", entry["id"])
-        return self.journal.get(entry["id"]) is None
 
     def _settle_source(self, mid: str) -> None:
         entry = self.journal.get(mid)
@@ -155,7 +179,7 @@ class Migrations:
             self._incoming.undo(mid)
             return
         with contextlib.closing(self._peers.connect(entry["peer"])) as channel:
-            told = channel.call("migrate.outcome", id=mid)
+            told = read_answer(channel, "outcome", channel.call("migrate.outcome", id=mid))
         self._incoming.told(mid, told["outcome"], bool(told["start"]))
 
     def _start(self, number: int) -> None:
@@ -172,7 +196,7 @@ class Migrations:
     def _guard(self, verb: str, record: Record) -> None:
         """Raise what speaks against an action on a container that is on its way."""
         entry = self.journal.of(record.id)
-        if entry is None or entry.get("copy"):
+        if entry is None or entry.get("copy") or entry.get("uuid", record.uuid) != record.uuid:
             return
         waiting = WrongState(
             f"cannot {verb} {record.id}: {entry['peer_name']} has not confirmed yet that it is not its own",
@@ -192,6 +216,12 @@ class Migrations:
                     f"cannot remove peer {peer.name}: the move of {entry['name']} is not finished",
                     "`sysctr migrations` shows how far it is",
                 )
+
+    def _give_up(self, peer: Peer) -> None:
+        """Remove what a peer has not handed over whole: nothing over there depends on that."""
+        for entry in self.journal.all("target"):
+            if entry["peer"] == peer.id and entry["phase"] == Target.RECEIVING:
+                self._incoming.decide_there(entry["id"])
 
     # What the API offers
 
@@ -244,7 +274,9 @@ class Migrations:
         """Settle a migration now: by talking to the peer, or as the administrator decides."""
         entry = self._entry_of(ref)
         mid = entry["id"]
-        if self._worked_on(entry):
+        # What a peer sends may never end; what is not whole can be removed at any time.
+        breaks_off = keep == "there" and (entry["role"], entry["phase"]) == ("target", Target.RECEIVING)
+        if self._worked_on(entry) and not breaks_off:
             raise WrongState(f"cannot resolve the migration of {entry['name']}: it goes on")
 
         def run(_task: Task) -> dict[str, Any]:
@@ -311,6 +343,8 @@ class Migrations:
     def _set_away(self, entry: Entry, decision: handover.Decision) -> None:
         host, number = self._host, entry["number"]
         record = host.store.load(number)
+        if record.uuid != entry.get("uuid", record.uuid):
+            return  # another one that has got its number
         generation = record.generation + (1 if decision.raises_generation else 0)
         away = record.away
         if not decision.away:

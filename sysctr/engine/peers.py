@@ -48,6 +48,8 @@ class Peers:
         self._listener = Listener(host, self._expects_somebody, self._certificates, self._talk.serve)
         # Each is asked before trust ends, and raises where that would hurt: a migration is under way.
         self.guards: list[Callable[[Peer], None]] = []
+        # Each is told before that of a peer which is removed by force, and may not send anything any more.
+        self.on_forced: list[Callable[[Peer], None]] = []
         self._lock = threading.RLock()
         self._rotating = threading.Lock()
         self._closing = threading.Event()
@@ -243,6 +245,11 @@ class Peers:
     def remove(self, ref: str, *, force: bool = False) -> None:
         """End trust on both sides; with `force` here alone, where the other side cannot be reached."""
         peer = self.get(ref)
+        if force:
+            self._book.change(peer.id, may_send=False)
+            self._listener.turn_out(peer.trusted)
+            for give_up in self.on_forced:
+                give_up(peer)
         self._may_end(peer)
         try:
             with self.connect(peer.id) as channel:
