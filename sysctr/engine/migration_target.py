@@ -35,6 +35,8 @@ from sysctr.storage.base import Streams
 log = logging.getLogger(__name__)
 
 _HANDOVER_S = 60.0
+# Each holds a number, a block of ids and room on the disk until its source speaks again.
+_MOST_AT_ONCE = 16
 
 
 class _Session:
@@ -42,6 +44,8 @@ class _Session:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        # Who works on it or waits for that.
+        self.users = 0
         self.channel: Channel | None = None
         # The volumes whose last pass ended well, since this daemon began.
         self.complete: set[str] = set()
@@ -62,6 +66,8 @@ class Incoming:
         self._arrival = Arrival(host)
         self._lock = threading.Lock()
         self._sessions: dict[str, _Session] = {}
+        # Held from the last look at what is here until what is new is written down.
+        self._reserving = threading.Lock()
 
     # What a source may ask
 
@@ -72,14 +78,17 @@ class Incoming:
     def begin(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Reserve what a container needs and make its volumes; one that was begun already goes on."""
         mid = _mid(message)
-        self.take_over(mid, channel)
-        with self.working(mid) as session:
-            session.channel = channel
+        entry = self._journal.get(mid)
+        if entry is not None:
+            self._check(entry, peer)
+            self.take_over(mid, channel)
+        with self.working(mid, channel) as session:
             entry = self._journal.get(mid)
             if entry is None:
                 entry = self.reserve(peer, mid, parse_offer(message["offer"]))
             else:
                 self._check(entry, peer)
+                _refuse_unwelcome(peer, entry)
                 verdict = handover.target_accepts(entry["phase"], "begin")
                 if not verdict.allowed:
                     raise WrongState(f"cannot begin migration {mid}: it is {verdict.answer} already")
@@ -90,7 +99,7 @@ class Incoming:
 
     def sync(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Make a volume what the source sends, by rsync."""
-        with self._receiving(peer, message) as (entry, session):
+        with self._receiving(peer, message, channel) as (entry, session):
             volume = own_of(parse_offer(entry["offer"]), str(message["volume"])).name
             driver, name = self._arrival.volume(entry, volume)
             with self._taking(session, volume, channel) as exchange:
@@ -108,7 +117,7 @@ class Incoming:
 
     def stream(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Make a snapshot of a volume of a stream of its driver's own: an offered one, or the present."""
-        with self._receiving(peer, message) as (entry, session):
+        with self._receiving(peer, message, channel) as (entry, session):
             offer, snapshot = parse_offer(entry["offer"]), str(message["snapshot"])
             volume = own_of(offer, str(message["volume"])).name
             present = PRESENT.fullmatch(snapshot) is not None
@@ -139,9 +148,9 @@ class Incoming:
         fault.point("migrate.in.synced")
         session.complete.add(volume)
 
-    def turn(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
+    def turn(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Bring a volume back to a snapshot that it has here, as what comes next goes back to that."""
-        with self._receiving(peer, message) as (entry, session):
+        with self._receiving(peer, message, channel) as (entry, session):
             volume = own_of(parse_offer(entry["offer"]), str(message["volume"])).name
             snapshot = str(message["snapshot"])
             if snapshot not in entry["kept"]:
@@ -151,9 +160,9 @@ class Incoming:
             driver.rollback(name, snapshot)
             return {}
 
-    def keep(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
+    def keep(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Keep the present state of the volumes as one of the snapshots that were offered."""
-        with self._receiving(peer, message) as (entry, session):
+        with self._receiving(peer, message, channel) as (entry, session):
             offer = parse_offer(entry["offer"])
             wanted = str(message["snapshot"])
             snapshot = _offered(offer, wanted)
@@ -166,9 +175,9 @@ class Incoming:
             fault.point("migrate.in.kept")
             return {}
 
-    def prepare(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
+    def prepare(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Get ready to own the container: all of it is on the disk, and now only the source decides."""
-        with self.known(peer, message) as (entry, session):
+        with self.known(peer, message, channel) as (entry, session):
             if entry is None:
                 return {"answer": "unknown"}
             offer = parse_offer(entry["offer"])
@@ -183,9 +192,9 @@ class Incoming:
                 fault.point("migrate.in.prepared")
             return {"answer": verdict.answer}
 
-    def commit(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
+    def commit(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Own the container: make it, and start it where that is wished."""
-        with self.known(peer, message) as (entry, session):
+        with self.known(peer, message, channel) as (entry, session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "commit")
             if not verdict.allowed or entry is None:
                 return {"answer": verdict.answer}
@@ -197,15 +206,15 @@ class Incoming:
         entry = self._journal.get(_mid(message))
         if entry is not None and peer.id == entry["peer"]:
             self.take_over(entry["id"], channel)
-        with self.known(peer, message) as (entry, _session):
+        with self.known(peer, message, channel) as (entry, _session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "abort")
             if entry is not None and verdict.allowed:
                 self.discard(entry)
             return {"answer": verdict.answer}
 
-    def forget(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
+    def forget(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Drop the journal of a container that was taken: its source knows."""
-        with self.known(peer, message) as (entry, session):
+        with self.known(peer, message, channel) as (entry, session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "forget")
             if entry is not None and verdict.allowed:
                 # It may have to be started still: this daemon may not be the one that took it.
@@ -262,6 +271,7 @@ class Incoming:
 
     def decide_there(self, mid: str) -> None:
         """Remove the copy because the administrator says so."""
+        self.take_over(mid, None)
         with self.working(mid):
             entry = self._journal.get(mid)
             if entry is not None:
@@ -271,7 +281,10 @@ class Incoming:
 
     def undo(self, mid: str) -> None:
         """Remove what is left of a copy that is not wanted."""
-        self.decide_there(mid)
+        with self.working(mid):
+            entry = self._journal.get(mid)
+            if entry is not None:
+                self.discard(entry)
 
     def is_confirmed(self, mid: str) -> bool:
         """Tell whether it is known, since this daemon began, that a container is ours."""
@@ -292,7 +305,9 @@ class Incoming:
         host = self._host
         verdict = judge(host, peer, offer)
         refuse_blocked(offer.name, verdict.blockers)
-        with contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as looking:
+            looking.enter_context(self._reserving)
+            self._refuse_another(peer, offer)
             number = host.store.reserve(verdict.name, verdict.number)
             undo.callback(host.store.release, number)
             idmap = host.store.allocate_ids(number)
@@ -309,11 +324,25 @@ class Incoming:
             undo.callback(self._discard, number)
             entry = self._journal.write(entry)
             undo.callback(self._journal.remove, mid)
+            looking.close()
             fault.point("migrate.in.reserved")
             self._arrival.make_volumes(entry, offer)
             undo.pop_all()
         host.bus.publish("migration", id=mid, change="receiving", container=number, peer=peer.name)
         return entry
+
+    def _refuse_another(self, peer: Peer, offer: Offer) -> None:
+        """Raise an error where a peer has too many on their way, or this very container is on its way."""
+        others = self._journal.all("target")
+        if sum(one["peer"] == peer.id for one in others) >= _MOST_AT_ONCE:
+            raise Refused(
+                f"cannot take {offer.name}: {_MOST_AT_ONCE} moves from there are not finished",
+                "`sysctr migrations` shows them",
+            )
+        if not offer.wishes.copy and any(
+            one["offer"]["uuid"] == offer.uuid and not one["offer"]["wishes"]["copy"] for one in others
+        ):
+            raise WrongState(f"cannot take {offer.name}: it is on its way here already (uuid {offer.uuid})")
 
     def _finish(self, entry: Entry, *, start: bool) -> dict[str, Any]:
         """Make the container of what was received, and start it where that is wished; twice is fine."""
@@ -366,43 +395,61 @@ class Incoming:
         with self._lock:
             return self._sessions.setdefault(mid, _Session())
 
-    def take_over(self, mid: str, channel: Channel) -> None:
-        """End the connection that worked on a migration: that it broke may not be known here yet."""
-        stale = self._session(mid).channel
+    def _leave(self, mid: str, session: _Session) -> None:
+        """Forget a session that nobody else waits for, of a migration that is over."""
+        with self._lock:
+            session.users -= 1
+            if not session.users and self._journal.get(mid) is None:
+                self._sessions.pop(mid, None)
+
+    def take_over(self, mid: str, channel: Channel | None) -> None:
+        """End the connection that works on a migration: that it broke may not be known here yet."""
+        with self._lock:
+            session = self._sessions.get(mid)
+        stale = session.channel if session is not None else None
         if stale is not None and stale is not channel:
             stale.abort()
 
     @contextlib.contextmanager
-    def working(self, mid: str) -> Iterator[_Session]:
+    def working(self, mid: str, channel: Channel | None = None) -> Iterator[_Session]:
         """Give what is known of a migration since this daemon began, to one at a time."""
-        session = self._session(mid)
-        if not session.lock.acquire(timeout=_HANDOVER_S):
-            raise WrongState(f"cannot go on with migration {mid}: something works on it")
+        with self._lock:
+            session = self._sessions.setdefault(mid, _Session())
+            session.users += 1
         try:
-            yield session
+            if not session.lock.acquire(timeout=_HANDOVER_S):
+                raise WrongState(f"cannot go on with migration {mid}: something works on it")
+            try:
+                session.channel = channel
+                yield session
+            finally:
+                session.channel = None
+                session.lock.release()
         finally:
-            session.lock.release()
-            if self._journal.get(mid) is None:
-                with self._lock:
-                    self._sessions.pop(mid, None)
+            self._leave(mid, session)
 
     @contextlib.contextmanager
-    def known(self, peer: Peer, message: dict[str, Any]) -> Iterator[tuple[Entry | None, _Session]]:
+    def known(
+        self, peer: Peer, message: dict[str, Any], channel: Channel
+    ) -> Iterator[tuple[Entry | None, _Session]]:
         """Give the entry that a message is about, None where it is unknown."""
         mid = _mid(message)
-        with self.working(mid) as session:
+        with self.working(mid, channel) as session:
             entry = self._journal.get(mid)
             # Of others' migrations nobody is told.
             known = entry is not None and entry["role"] in ARRIVING and peer.id == entry["peer"]
             yield (entry if known else None), session
 
     @contextlib.contextmanager
-    def _receiving(self, peer: Peer, message: dict[str, Any]) -> Iterator[tuple[Entry, _Session]]:
+    def _receiving(
+        self, peer: Peer, message: dict[str, Any], channel: Channel
+    ) -> Iterator[tuple[Entry, _Session]]:
         """Give the entry that a message is about, where its volumes may be changed."""
-        with self.known(peer, message) as (entry, session):
+        with self.known(peer, message, channel) as (entry, session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "sync")
             if entry is None or not verdict.allowed:
                 raise WrongState(f"cannot go on with migration {_mid(message)}: it is {verdict.answer} there")
+            _refuse_unwelcome(peer, entry)
             yield entry, session
 
     def _check(self, entry: Entry, peer: Peer) -> None:
@@ -416,6 +463,17 @@ def _mid(message: dict[str, Any]) -> str:
     if not MID.fullmatch(mid):
         raise UsageError("cannot understand the migration's id")
     return mid
+
+
+def _refuse_unwelcome(peer: Peer, entry: Entry) -> None:
+    """Raise Refused for what a peer has not handed over yet, and may not hand over any more."""
+    if entry["phase"] != Target.RECEIVING:
+        return
+    if not peer.may_send:
+        raise Refused(f"cannot take {entry['name']}: {peer.name} may not send containers here any more")
+    pools = {pool for pool, _, _ in entry["volumes"].values()}
+    if peer.pools and not pools <= {*peer.pools}:
+        raise Refused(f"cannot take {entry['name']}: {peer.name} may not use these pools any more")
 
 
 def _offered(offer: Offer, name: str) -> OfferedSnapshot:

@@ -55,8 +55,7 @@ class Replicas:
         """Begin a replica, or to bring it up to date."""
         mid, offer = message["id"], parse_offer(message["offer"])
         self._incoming.take_over(mid, channel)
-        with self._incoming.working(mid) as session:
-            session.channel = channel
+        with self._incoming.working(mid, channel):
             entry = self._journal.get(mid)
             if entry is None:
                 entry = self._incoming.reserve(peer, mid, offer, "replica")
@@ -87,9 +86,9 @@ class Replicas:
         self._arrival.make_volumes(entry, offer)
         return entry
 
-    def _on_keep(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
+    def _on_keep(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Let what was received be the state that the replica has."""
-        with self._incoming.known(peer, message) as (entry, session):
+        with self._incoming.known(peer, message, channel) as (entry, session):
             entry = self._replica(entry)
             offer = parse_offer(entry["offer"])
             if session.complete != {one.name for one in offer.volumes}:
@@ -112,17 +111,17 @@ class Replicas:
                 self._host.collect_soon()
             return {"number": entry["number"]}
 
-    def _on_status(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
+    def _on_status(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Say whether a replica was promoted."""
-        with self._incoming.known(peer, message) as (entry, _session):
+        with self._incoming.known(peer, message, channel) as (entry, _session):
             if entry is None or entry["role"] != "replica":
                 return {"known": False, "promoted": False, "generation": 0}
             promoted = entry["phase"] == Target.COMMITTED
             return {"known": True, "promoted": promoted, "generation": int(entry.get("generation") or 0)}
 
-    def _on_drop(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
+    def _on_drop(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Remove a replica; of one that was promoted only that it was one."""
-        with self._incoming.known(peer, message) as (entry, _session):
+        with self._incoming.known(peer, message, channel) as (entry, _session):
             if entry is not None and entry["role"] == "replica":
                 self._drop(entry)
             return {}
