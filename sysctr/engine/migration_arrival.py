@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import uuid
 from typing import Any
 
 from sysctr.config import schema, toml
@@ -10,7 +11,7 @@ from sysctr.engine import firewall
 from sysctr.engine.cloning import renew
 from sysctr.engine.host import Host
 from sysctr.engine.ids import IdRange
-from sysctr.engine.migration_check import drafted, fits, template_here
+from sysctr.engine.migration_check import drafted, fits, made_unique, template_here
 from sysctr.engine.migration_journal import Entry
 from sysctr.engine.migration_offer import Offer, OfferedSnapshot, parse_offer
 from sysctr.engine.record import Record, new_record
@@ -81,6 +82,10 @@ class Arrival:
         guest = dataclasses.asdict(offer.guest)
         for one in offer.volumes:
             driver, name = self.volume(entry, one.name)
+            # A stream can bring what was not offered, with a configuration that nobody has judged.
+            for state in driver.snapshots(name):
+                if state.name not in entry["kept"] and PRESENT.fullmatch(state.name) is None:
+                    driver.delete_snapshot(name, state.name)
             if one.name in entry["present"]:
                 driver.rollback(name, entry["present"][one.name])
             try:
@@ -105,7 +110,12 @@ class Arrival:
         """Turn the reservation into a container with its addresses; what cannot be as it was is noted."""
         host, number = self._host, entry["number"]
         offer = parse_offer(entry["offer"])
-        record = draft_record(entry)
+        unique = made_unique(host, entry["text"], number, copy=offer.wishes.copy)
+        notes += unique.notes
+        record = draft_record({**entry, "text": unique.text})
+        if any(one.uuid == record.uuid for one in host.store.list()):
+            notes.append("another container has its uuid by now: it gets a new one")
+            record = dataclasses.replace(record, uuid=str(uuid.uuid4()))
         config = record.usable("take")
         host.network.ensure()
         own = host.network.bridge

@@ -13,13 +13,14 @@ from sysctr.cgroup.base import check_enforceable
 from sysctr.config import schema, toml, values
 from sysctr.config.schema import Container
 from sysctr.engine.archive_head import Head
+from sysctr.engine.changes import with_macs
 from sysctr.engine.host import Host
 from sysctr.engine.ids import IdRange
 from sysctr.engine.lifecycle import limits_of
 from sysctr.engine.migration_offer import Offer, OfferedVolume
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.record import Record, new_record
-from sysctr.engine.restore_config import Draft, Wishes, draft, here_of
+from sysctr.engine.restore_config import Draft, Wishes, draft, give_up_macs, here_of
 from sysctr.errors import Refused, SysctrError
 from sysctr.template.base import Template
 
@@ -96,6 +97,7 @@ def judge(host: Host, peer: Peer, offer: Offer, *, replaced: int | None = None) 
     if replaced is None:
         _judge_identity(host, offer, verdict)
     _judge_pools(host, peer, offer, verdict)
+    _judge_mounts(host, peer, offer, verdict)
     _judge_devices(host, offer, verdict)
     try:
         _judge_settings(host, offer, verdict)
@@ -177,6 +179,26 @@ def _judge_pools(host: Host, peer: Peer, offer: Offer, verdict: Verdict) -> None
                     f"it needs {_mib(needed)} in pool {pool} there, and {_mib(max(free, 0))} are free",
                     "make room there, or choose another with --pool-map",
                 )  # fmt: skip
+
+
+def _judge_mounts(host: Host, peer: Peer, offer: Offer, verdict: Verdict) -> None:
+    """Find pools that only a configuration names: a volume that is missing is made at the next start."""
+    known = {verdict.pool, *(one.pool for one in verdict.volumes)}
+    kept = {one.config for one in offer.snapshots if one.config} - {offer.config}
+    for text in (offer.config, *sorted(kept)):
+        for mount in schema.parse_config(toml.read_container(text)).mounts:
+            if mount.kind != "volume" or not mount.pool:
+                continue
+            pool = offer.wishes.pools.get(mount.pool, mount.pool)
+            if pool in known:
+                continue
+            known.add(pool)
+            if peer.pools and pool not in peer.pools:
+                hint = _pool_hint(mount.pool, peer.pools)
+                verdict.block("pool", f"{peer.name} may not use pool {pool} there, as {mount.key} does", hint)
+            elif text == offer.config and pool not in host.pools.names():
+                hint = _pool_hint(mount.pool, host.pools.names())
+                verdict.block("pool", f"there is no pool {pool} there, which {mount.key} is in", hint)
 
 
 def _pool_hint(source: str, pools: "tuple[str, ...] | list[str]") -> str:
@@ -292,10 +314,10 @@ def drafted(host: Host, offer: Offer, text: str, name: str) -> Draft:
     return made
 
 
-def _fit_addresses(host: Host, made: Draft) -> None:
-    """Take an address off a card that this host's network cannot give it."""
+def _fit_addresses(host: Host, made: Draft, number: int = 0) -> None:
+    """Take an address off a card that this host's network cannot give it, or another container has."""
     network = host.network
-    taken = {ip for ips in network.all_addresses().values() for ip in ips}
+    taken = {ip for other, ips in network.all_addresses().items() for ip in ips if other != number}
     for nic in made.config.nets:
         if "/" not in nic.ip or (nic.bridge or network.bridge) != network.bridge:
             continue
@@ -303,6 +325,16 @@ def _fit_addresses(host: Host, made: Draft) -> None:
         if not fits(host, ip) or ip in taken:
             made.edit({f"net.{nic.index}.ip": "managed", f"net.{nic.index}.gateway": None})
             made.notes.append(f"{nic.name} cannot keep the address {nic.ip} there: it is given another one")
+
+
+def made_unique(host: Host, text: str, number: int, *, copy: bool) -> Draft:
+    """Return a configuration without what others have here by now: it was judged when it was offered."""
+    made = Draft(text)
+    give_up_macs(made, here_of(host))
+    if not copy:
+        _fit_addresses(host, made, number)
+    made.text = with_macs(made.text)
+    return made
 
 
 def volume_names(offer: Offer, number: int) -> Mapping[str, str]:

@@ -123,6 +123,10 @@ def parse_offer(data: object) -> Offer:
         values.check_container_id(offer.number)
         if str(uuid.UUID(offer.uuid)) != offer.uuid:
             raise ValueError("its uuid does not hold")
+        if offer.guest.init:
+            values.parse_path(offer.guest.init)
+        if offer.guest.stop_signal:
+            values.parse_signal(offer.guest.stop_signal)
         _check_volumes(offer)
         _check_snapshots(offer)
         schema.parse_config(toml.read_container(offer.config))

@@ -102,7 +102,7 @@ def draft(
         _restrict(made, wishes.allow, known)
         _keep_to_bridges(made, here)
         _fit(made, here)
-        _give_up_macs(made, here)
+        give_up_macs(made, here)
         if wishes.renew:
             made.text, notes = cloned_config(
                 made.text, wishes.name, here.own_bridge, wishes.changes, keep_addresses=False
@@ -171,7 +171,7 @@ def _restrict(made: Draft, allow: Collection[str], known: Container | None) -> N
     made.edit(edits)
 
 
-def _give_up_macs(made: Draft, here: Here) -> None:
+def give_up_macs(made: Draft, here: Here) -> None:
     """Take out the MACs that others have here: who has the same gets what is sent to them."""
     for nic in made.config.nets:
         if nic.mac and nic.mac in here.macs:
