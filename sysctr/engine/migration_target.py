@@ -82,7 +82,7 @@ class Incoming:
         if entry is not None:
             self._check(entry, peer)
             self.take_over(mid, channel)
-        with self.working(mid, channel) as session:
+        with self.working(mid, channel):
             entry = self._journal.get(mid)
             if entry is None:
                 entry = self.reserve(peer, mid, parse_offer(message["offer"]))
