@@ -319,7 +319,9 @@ class Incoming:
                 "pool": verdict.pool, "idmap": [idmap.first, idmap.count], "kept": [], "guest": None,
                 "present": {},
                 "volumes": {one.source: [one.pool, names[one.source], one.method] for one in verdict.volumes},
-                "start": offer.wishes.start, "started": False, "since": round(time.time(), 3),
+                # As far as is known here: the source says it when it gives it up, an administrator does not.
+                "start": offer.wishes.start or (offer.running and not offer.wishes.copy),
+                "started": False, "since": round(time.time(), 3),
             }  # fmt: skip
             undo.callback(self._discard, number)
             entry = self._journal.write(entry)
