@@ -19,6 +19,7 @@ from sysctr.errors import SysctrError
 from sysctr.linux import fault
 from sysctr.storage import tree
 from sysctr.storage.base import Driver, RootSpec
+from sysctr.storage.tree import explain
 from sysctr.template.rootfs_check import check_rootfs
 
 # What a source calls the state that it sends of what changes on.
@@ -108,6 +109,12 @@ class Arrival:
 
     def create(self, entry: Entry, notes: list[str]) -> None:
         """Turn the reservation into a container with its addresses; what cannot be as it was is noted."""
+        try:
+            self._create(entry, notes)
+        except OSError as error:
+            raise explain(error, f"make container {entry['number']}", self._host.where.lib) from error
+
+    def _create(self, entry: Entry, notes: list[str]) -> None:
         host, number = self._host, entry["number"]
         offer = parse_offer(entry["offer"])
         unique = made_unique(host, entry["text"], number, copy=offer.wishes.copy)
