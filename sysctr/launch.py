@@ -27,7 +27,9 @@ from sysctr.api.daemon import main
 sys.exit(main())
 """
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy")
-_KEPT_ENVIRONMENT = ("SYSCTR_ROOT", "SYSCTR_FAULT", *_PROXIES, *(name.upper() for name in _PROXIES))
+_KEPT_ENVIRONMENT = (
+    "SYSCTR_ROOT", "SYSCTR_FAULT", "SYSCTR_FAULT_WAIT", *_PROXIES, *(name.upper() for name in _PROXIES),
+)  # fmt: skip
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
 

@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -21,7 +22,6 @@ from pathlib import Path
 from sysctr.engine import removal
 from sysctr.paths import Layout
 from tests import leaks
-from tests.wait import wait_until
 
 CHECKOUT = Path(__file__).parents[1]
 _START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from sysctr.cli import main; sys.exit(main())"
@@ -57,6 +57,8 @@ class Node:
         self.root = tempfile.mkdtemp(prefix="sc-", dir="/tmp")
         self.layout = Layout(self.root)
         self.keep = keep
+        # What every command of this node is started with besides, and so its daemon.
+        self.variables: dict[str, str] = {}
         leaks.register(self.root)
         self._enter: list[str] = []
         self._holder: subprocess.Popen[bytes] | None = None
@@ -77,7 +79,7 @@ class Node:
     def environment(self, extra: dict[str, str] | None = None) -> dict[str, str]:
         """Return what a command of this node is started with."""
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-        return {**kept, "SYSCTR_ROOT": self.root, **(extra or {})}
+        return {**kept, "SYSCTR_ROOT": self.root, **self.variables, **(extra or {})}
 
     def run(
         self,
@@ -213,6 +215,10 @@ class Node:
         """Return a process whose network namespace is this node's."""
         return self._holder.pid if self._holder else os.getpid()
 
+    def path(self, path: str) -> str:
+        """Return where the test finds what this node sees at a path, also below mounts of its own."""
+        return f"/proc/{self._holder.pid}/root{path}" if self._holder else path
+
     def _in_namespaces(self, function) -> None:
         if self._holder is None:
             function(self.layout)
@@ -224,10 +230,10 @@ class Node:
         self.shell(sys.executable, "-I", "-c", code, str(CHECKOUT), self.root)
 
 
-def join(left: Node, right: Node) -> dict[Node, str]:
+def join(left: Node, right: Node, network: str = "192.0.2") -> dict[Node, str]:
     """Lay a cable between two nodes with their own networks; return each one's address on it."""
-    names = {left: f"sl{left.layout.tag}", right: f"sr{right.layout.tag}"}
-    addresses = {left: "192.0.2.1", right: "192.0.2.2"}
+    names = cable(left, right)
+    addresses = {left: f"{network}.1", right: f"{network}.2"}
     subprocess.run(
         ["ip", "link", "add", names[left], "netns", str(left.netns_pid), "type", "veth",
          "peer", "name", names[right], "netns", str(right.netns_pid)],
@@ -237,6 +243,13 @@ def join(left: Node, right: Node) -> dict[Node, str]:
         node.shell("ip", "address", "add", f"{addresses[node]}/24", "dev", name)
         node.shell("ip", "link", "set", name, "up")
     return addresses
+
+
+def cable(left: Node, right: Node) -> dict[Node, str]:
+    """Return what the ends of the cable between two nodes are called."""
+    # Of both tags, for a node may have several: 15 characters at most.
+    tags = {left: left.layout.tag, right: right.layout.tag}
+    return {left: f"sl{tags[left]}{tags[right][:4]}", right: f"sr{tags[right]}{tags[left][:4]}"}
 
 
 def _unless_gone(_function: object, _path: str, raised: tuple) -> None:
@@ -274,21 +287,13 @@ class TemplateStore:
 
 
 def kill(pid: int) -> None:
-    """Kill one process of a node and wait until it is gone."""
+    """Kill one process of a node and wait until it is gone, with all its threads and what they had open."""
     pidfd = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        wait_until(lambda: not _alive(pid), what=f"end of process {pid}")
+        assert select.select([pidfd], [], [], 10)[0], f"process {pid} does not end"
     finally:
         os.close(pidfd)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            return stat.read().rpartition(b")")[2].split()[0] != b"Z"
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager
