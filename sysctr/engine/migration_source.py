@@ -118,7 +118,7 @@ class Outgoing:
         self._host.bus.publish("migration", id=mid, change="sending", container=number, peer=peer.name)
         try:
             stopped_s = self._transfer(task, move, options)
-            entry = self._decide(move, options)
+            entry = self._decide(task, move, options)
         except BaseException:
             self._alive.discard(mid)
             link.close()
@@ -252,10 +252,11 @@ class Outgoing:
         fault.point("migrate.stopped")
         return began_s if ran or again else None
 
-    def _decide(self, move: Move, options: Options) -> Entry:
+    def _decide(self, task: Task, move: Move, options: Options) -> Entry:
         """Give the container up: the commit point. From here on it is the target's."""
         host, number, mid = self._host, move.record.id, move.link.mid
         with self.deciding:
+            task.check()
             entry = self._entry(mid)
             runs = host.live.running(number) is not None
             if not handover.may_commit(
