@@ -309,6 +309,9 @@ def drafted(host: Host, offer: Offer, text: str, name: str) -> Draft:
     made = draft(
         head, f"move {offer.name}", Wishes(name, frozenset(), {}, wishes.copy), here_of(host), None
     )
+    if config.template and template_here(host, offer) is not None:
+        # An archive's is left out, for nothing of it stands on one: this does.
+        made.edit({"template": config.template})
     if not wishes.copy:
         _fit_addresses(host, made)
     return made
