@@ -19,7 +19,6 @@ from sysctr.errors import SysctrError
 from sysctr.linux import fault
 from sysctr.storage import tree
 from sysctr.storage.base import Driver, RootSpec
-from sysctr.storage.tree import explain
 from sysctr.template.rootfs_check import check_rootfs
 
 # What a source calls the state that it sends of what changes on.
@@ -112,7 +111,7 @@ class Arrival:
         try:
             self._create(entry, notes)
         except OSError as error:
-            raise explain(error, f"make container {entry['number']}", self._host.where.lib) from error
+            raise tree.explain(error, f"make container {entry['number']}", self._host.where.lib) from error
 
     def _create(self, entry: Entry, notes: list[str]) -> None:
         host, number = self._host, entry["number"]

@@ -91,7 +91,11 @@ class Link:
         channel = self._channel
         assert channel is not None
 
+        begun = False
+
         def exchange(read_fd: int, write_fd: int) -> None:
+            nonlocal begun
+            begun = True
             channel.exchange(
                 read_fd, write_fd, told=self._told, rate_bytes=self.rate_bytes, check=self._task.check
             )
@@ -103,6 +107,9 @@ class Link:
             self.close()
             raise
         except SysctrError as error:
+            if not begun:
+                # It waits for a stream, and would for long.
+                channel.decline(error)
             cause = why(channel, error)
             self.close()
             raise cause from (None if cause is error else error)
