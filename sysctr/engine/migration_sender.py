@@ -210,7 +210,7 @@ class Sender:
         streams = cast(Streams, driver)
         move.link.transfer(
             "stream", lambda exchange: send_stream(streams, volume, snapshot, base, exchange),
-            volume=volume, snapshot=snapshot,
+            volume=volume, snapshot=snapshot, base=base,
         )  # fmt: skip
 
     def turn(self, move: Move, patience_s: float) -> None:

@@ -132,10 +132,12 @@ class Incoming:
             if any(one.name == snapshot for one in driver.snapshots(name)):
                 # It came before a connection broke, and nobody knows of it.
                 driver.delete_snapshot(name, snapshot)
+            # The one that this is sent from stays until the source goes by another: it may never learn that
+            # this one came.
+            drop_present(driver, name, but=str(message["base"]))
             with self._taking(session, volume, channel) as exchange:
                 receive_stream(cast(Streams, driver), name, snapshot, note, exchange)
                 if present:
-                    drop_present(driver, name, but=snapshot)
                     self._journal.write(entry, present={**entry["present"], volume: snapshot})
             return {}
 

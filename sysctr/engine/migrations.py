@@ -71,7 +71,7 @@ class Migrations:
                 "sync", {"volume": _NAME, "mode": Text(16, choices=MODES), "still": Flag()},
                 self._incoming.sync,
             ),
-            ("stream", {"volume": _NAME, "snapshot": _NAME}, self._incoming.stream),
+            ("stream", {"volume": _NAME, "snapshot": _NAME, "base": _NAME}, self._incoming.stream),
             ("turn", {"volume": _NAME, "snapshot": _NAME}, self._incoming.turn),
             ("keep", {"snapshot": _NAME}, self._incoming.keep),
             ("prepare", {}, self._incoming.prepare),
