@@ -67,14 +67,20 @@ class Survey:
 
     def _offered(self, record: Record, driver: Any, volume: str) -> OfferedVolume:
         root = volume == record.volume
-        own = driver.usage(volume)
+        native = driver.traits.native_stream
+        own = None if native else driver.usage(volume)
         if own is None:
             own = driver.measure(volume)
         template = self._host.template_of(record) if root else None
+        shared = template.size_bytes if template and driver.traits.shared_base else 0
+        total = own + shared
+        if native:
+            # What a snapshot of it has too is not its own as such a pool counts.
+            total = max(total, driver.filled(volume) or 0)
+            own = max(own, total - shared)
         return OfferedVolume(
             name=volume, pool=self._snapshots.pool_of(driver), kind=driver.kind, root=root,
-            native=driver.traits.native_stream, size_bytes=driver.size(volume), own_bytes=own,
-            total_bytes=own + (template.size_bytes if template and driver.traits.shared_base else 0),
+            native=native, size_bytes=driver.size(volume), own_bytes=own, total_bytes=total,
         )  # fmt: skip
 
     def _states(self, record: Record, volumes: list[Volume]) -> Iterator[OfferedSnapshot]:
