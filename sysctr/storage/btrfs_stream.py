@@ -31,7 +31,8 @@ for record in "$1"/*.json; do
 done
 directory=$1
 shift
-exec setpriv --no-new-privs --inh-caps=-all --bounding-set="$@" "$directory"
+# Whoever outlived the daemon would make a subvolume after the next daemon has looked for such.
+exec setpriv --pdeathsig KILL --no-new-privs --inh-caps=-all --bounding-set="$@" "$directory"
 """
 _CAPABILITIES = f"-all,{','.join(f'+{name}' for name in _NEEDED)}"
 
