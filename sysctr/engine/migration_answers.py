@@ -22,7 +22,7 @@ _ANSWERS = {
     "check": Shape(
         {
             "id": _NUMBER, "name": _NAME, "pool": _NAME, "volumes": Items(_PLACED), "addresses": Table(_NAME),
-            "blockers": Items(_BLOCKER, 4096), "warnings": Items(_LINE, 4096), "template": _NAME,
+            "blockers": Items(_BLOCKER, 4096), "warnings": Items(_LINE, 4096), "template": Text(128),
         }
     ),
     "begin": Shape(
@@ -47,11 +47,13 @@ _ANSWERS = {
 
 
 def read_answer(channel: Channel, op: str, told: dict[str, Any]) -> dict[str, Any]:
-    """Return what a peer has answered to `migrate.OP`; a SysctrError says what is wrong with it.
+    """Return what a peer has answered to a question; a SysctrError says what is wrong with it.
 
     What a newer host says beyond that is left out: it was asked what this one asks.
     """
-    shape = _ANSWERS[op]
+    shape = _ANSWERS.get(op.removeprefix("migrate."))
+    if shape is None:
+        return told
     known = {key: value for key, value in told.items() if key in shape.required or key in shape.optional}
     speakers = Speakers(channel.name, str(channel.hello.get("version", "?")), __version__)
     return speakers.read(shape, known, f"the answer to {op}")

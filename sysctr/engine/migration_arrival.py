@@ -83,8 +83,9 @@ class Arrival:
         for one in offer.volumes:
             driver, name = self.volume(entry, one.name)
             # A stream can bring what was not offered, with a configuration that nobody has judged.
+            wanted = {*entry["kept"], entry.get("state", "")}
             for state in driver.snapshots(name):
-                if state.name not in entry["kept"] and PRESENT.fullmatch(state.name) is None:
+                if state.name not in wanted and PRESENT.fullmatch(state.name) is None:
                     driver.delete_snapshot(name, state.name)
             if one.name in entry["present"]:
                 driver.rollback(name, entry["present"][one.name])

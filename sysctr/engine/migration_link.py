@@ -45,8 +45,6 @@ class Link:
         # What the target said last of how far it is.
         self.begun: dict[str, Any] = {}
         self._peers = peers
-        # Somebody may call it something else meanwhile.
-        self._id = peer.id
         self._offer = offer
         self._task = task
         self._channel: Channel | None = None
@@ -63,7 +61,7 @@ class Link:
         channel = self._peers.connect(self._peer_id)
         try:
             told = channel.call(self._begin, _ANSWER_S, id=self.mid, offer=self._offer)
-            self.begun = read_answer(channel, "begin", told)
+            self.begun = read_answer(channel, self._begin, told)
         except BaseException:
             channel.close()
             raise
@@ -72,16 +70,14 @@ class Link:
 
     def call(self, op: str, timeout_s: float = _ANSWER_S, **fields: Any) -> dict[str, Any]:
         """Send a message about this migration and return the answer."""
-        told = self.call_as(f"migrate.{op}", timeout_s, **fields)
-        assert self._channel is not None
-        return read_answer(self._channel, op, told)
+        return self.call_as(f"migrate.{op}", timeout_s, **fields)
 
     def call_as(self, op: str, timeout_s: float = _ANSWER_S, **fields: Any) -> dict[str, Any]:
         """Send any message that names this migration, and return the answer."""
         if self._channel is None:
             self.open()
         assert self._channel is not None
-        return self._channel.call(op, timeout_s, id=self.mid, **fields)
+        return read_answer(self._channel, op, self._channel.call(op, timeout_s, id=self.mid, **fields))
 
     def transfer(
         self, op: str, move: Callable[[Callable[[int, int], None]], Any], **fields: Any

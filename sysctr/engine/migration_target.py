@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 _HANDOVER_S = 60.0
 # Each holds a number, a block of ids and room on the disk until its source speaks again.
-_MOST_AT_ONCE = 16
+_MOST = {"target": 16, "replica": 256}
 
 
 class _Session:
@@ -180,7 +180,7 @@ class Incoming:
     def prepare(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Get ready to own the container: all of it is on the disk, and now only the source decides."""
         with self.known(peer, message, channel) as (entry, session):
-            if entry is None:
+            if entry is None or entry["role"] != "target":
                 return {"answer": "unknown"}
             offer = parse_offer(entry["offer"])
             complete = session.complete == {one.name for one in offer.volumes} and all(
@@ -309,7 +309,7 @@ class Incoming:
         refuse_blocked(offer.name, verdict.blockers)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as looking:
             looking.enter_context(self._reserving)
-            self._refuse_another(peer, offer)
+            self._refuse_another(peer, offer, role)
             number = host.store.reserve(verdict.name, verdict.number)
             undo.callback(host.store.release, number)
             idmap = host.store.allocate_ids(number)
@@ -335,13 +335,13 @@ class Incoming:
         host.bus.publish("migration", id=mid, change="receiving", container=number, peer=peer.name)
         return entry
 
-    def _refuse_another(self, peer: Peer, offer: Offer) -> None:
+    def _refuse_another(self, peer: Peer, offer: Offer, role: str) -> None:
         """Raise an error where a peer has too many on their way, or this very container is on its way."""
-        others = self._journal.all("target")
-        if sum(one["peer"] == peer.id for one in others) >= _MOST_AT_ONCE:
+        others = self._journal.all(role)
+        if sum(one["peer"] == peer.id for one in others) >= _MOST[role]:
             raise Refused(
-                f"cannot take {offer.name}: {_MOST_AT_ONCE} moves from there are not finished",
-                "`sysctr migrations` shows them",
+                f"cannot take {offer.name}: {_MOST[role]} from there are not finished",
+                "`sysctr migrations` shows what is on its way",
             )
         if not offer.wishes.copy and any(
             one["offer"]["uuid"] == offer.uuid and not one["offer"]["wishes"]["copy"] for one in others

@@ -54,7 +54,10 @@ class Replicas:
     def _on_begin(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Begin a replica, or to bring it up to date."""
         mid, offer = message["id"], parse_offer(message["offer"])
-        self._incoming.take_over(mid, channel)
+        entry = self._journal.get(mid)
+        if entry is not None:
+            self._check(entry, peer)
+            self._incoming.take_over(mid, channel)
         with self._incoming.working(mid, channel):
             entry = self._journal.get(mid)
             if entry is None:
