@@ -43,6 +43,8 @@ _ANSWERS = {
     "abort": Shape({"answer": _ANSWER}),
     "forget": Shape({"answer": _ANSWER}),
     "outcome": Shape({"outcome": Text(choices=("pending", "committed", "aborted")), "start": Flag()}),
+    "replica.status": Shape({"known": Flag(), "promoted": Flag(), "generation": Whole()}),
+    "replica.source": Shape({"known": Flag()}),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from sysctr.engine.handover import Target
 from sysctr.engine.host import Host
+from sysctr.engine.migration_answers import read_answer
 from sysctr.engine.migration_arrival import Arrival, draft_record
 from sysctr.engine.migration_check import judge, refuse_blocked, volume_names
 from sysctr.engine.migration_journal import Entry, MigrationJournal
@@ -180,7 +181,8 @@ class Replicas:
         name, peer = entry["name"], entry["peer_name"]
         try:
             with self._peers.connect(entry["peer"]) as channel:
-                told = channel.call("replica.source", id=entry["id"])
+                answer = channel.call("replica.source", id=entry["id"])
+                told = read_answer(channel, "replica.source", answer)
         except PeerLost as error:
             if fenced:
                 return

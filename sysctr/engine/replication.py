@@ -20,6 +20,7 @@ from typing import Any
 from sysctr.engine.backup_state import State, States
 from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
+from sysctr.engine.migration_answers import read_answer
 from sysctr.engine.migration_check import Placed, refuse_blocked
 from sysctr.engine.migration_link import Link
 from sysctr.engine.migration_offer import Offer
@@ -168,7 +169,8 @@ class Replication:
         replica = record.replica
         assert replica is not None
         with closing(self._peers.connect(replica["peer"], _ASK_S)) as channel:
-            told = channel.call("replica.status", id=replica["id"])
+            answer = channel.call("replica.status", id=replica["id"])
+            told = read_answer(channel, "replica.status", answer)
             if not told["promoted"]:
                 self._confirmed.add(replica["id"])
                 return
@@ -198,10 +200,11 @@ class Replication:
         except SysctrError as error:
             log.error("%d: cannot stop what runs elsewhere: %s", number, error.message)
 
-    def _on_source(self, _peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
+    def _on_source(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
         """Say whether this host still has the container of a replica."""
         known = any(
-            one.replica is not None and one.replica["id"] == message["id"] for one in self._replicated()
+            one.replica is not None and (one.replica["id"], one.replica["peer"]) == (message["id"], peer.id)
+            for one in self._replicated()
         )
         return {"known": known}
 

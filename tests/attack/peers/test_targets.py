@@ -103,3 +103,31 @@ def test_a_target_that_says_it_has_what_it_has_not(victim: Victim, rogue: Rogue)
     rogue.answers["migrate.commit"] = {"answer": "created"}
     wait_until(lambda: not node.json("migrations"), 30)
     assert node.run("info", "goes", check=False).status == 3
+
+
+def test_a_holder_of_a_replica_that_answers_anything(victim: Victim, rogue: Rogue, second: Rogue) -> None:
+    node = victim.node
+    node.run("create", "goes", "--template", "tiny")
+    number = str(node.json("info", "goes")["id"])
+    placed = [{"source": number, "pool": "default", "method": "rsync", "expected_bytes": 0}]
+    rogue.answers |= {
+        "migrate.check": verdict(volumes=placed), "replica.begin": {"error": {"message": "cannot: no"}},
+        "replica.status": {"known": True, "promoted": False, "generation": 0}, "replica.drop": {},
+    }  # fmt: skip
+    try:
+        assert node.run("replicate", "goes", "rogue", check=False).status != 0
+        mid = next(one["id"] for one in node.json("replicate", "--list") if one["name"] == "goes")
+        assert rogue.connect().call("replica.source", id=mid) == {"known": True}
+        # Of others' replicas nobody is told.
+        assert second.connect().call("replica.source", id=mid) == {"known": False}
+        second.hang_up()
+        for said_ in ({}, {"promoted": "no"}, {"known": 1, "promoted": [], "generation": -1}, {"error": 7}):
+            rogue.answers["replica.status"] = said_
+            done = node.run("start", "goes", check=False)
+            assert done.status != 0, done
+            assert "internal error" not in done.err, done
+        rogue.answers["replica.status"] = {"known": True, "promoted": False, "generation": 0}
+        node.run("start", "goes")
+    finally:
+        node.run("replicate", "goes", "--stop", "--force", check=False)
+        node.run("destroy", "goes", "--force", "--yes")
