@@ -19,6 +19,8 @@ _AGAIN_S = 1.0
 _CHECK_S = 0.1
 # A target that makes an image, or waits for a disk, takes its time to answer.
 _ANSWER_S = 120.0
+# In a stream it shows that it lives more often than that, whatever its disk does.
+_IDLE_S = 30.0
 
 _Answer = TypeVar("_Answer")
 
@@ -93,8 +95,9 @@ class Link:
             nonlocal begun
             begun = True
             channel.exchange(
-                read_fd, write_fd, told=self._told, rate_bytes=self.rate_bytes, check=self._task.check
-            )
+                read_fd, write_fd, told=self._told, rate_bytes=self.rate_bytes, check=self._task.check,
+                idle_s=_IDLE_S,
+            )  # fmt: skip
 
         try:
             move(exchange)

@@ -71,6 +71,7 @@ class Stream:
 
     def run(self) -> tuple[int, int]:
         """Move everything until both directions have ended; return the bytes sent and received."""
+        self._wire.bear_silence(True)
         try:
             for fd in {self._read_fd, self._write_fd}:
                 _prepare(fd)
@@ -92,6 +93,7 @@ class Stream:
             self._wire.close()
             raise
         finally:
+            self._wire.bear_silence(False)
             self._close_reading()
             self._close_writing()
             if self._untold:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 256 << 10
 _RECORD_BYTES = 16 << 10
-# A connection whose other end is gone is found out within about a minute while nothing is sent. No
-# TCP_USER_TIMEOUT: it would also end one whose other end only waits for its disk (tcp(7)).
+# A connection whose other end is gone is found out within this time: a container may stand still for it.
+_SILENT_S = 20
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT_S // 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _SILENT_S // 4),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENT_S * 1000),
     # A question is one small packet, and its answer waits for it.
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 )
@@ -97,6 +98,16 @@ class Wire:
     def has_room(self) -> bool:
         """Tell whether more can be read ahead."""
         return self.held < BUFFER_BYTES
+
+    def bear_silence(self, bears: bool) -> None:
+        """Let the other end take nothing for as long as it likes, or no longer than is usual.
+
+        In a stream it may wait for its disk, which the kernel cannot tell from a cable that is out (tcp(7)).
+        """
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0 if bears else _SILENT_S * 1000
+            )
 
     def fileno(self) -> int:
         """Return the descriptor, to be waited for."""
