@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -119,12 +120,12 @@ class Hosts:
         for issuer, joiner in itertools.combinations(self.nodes, 2):
             trust(self.nodes[issuer], issuer, self.nodes[joiner], joiner)
 
-    def cut(self, one: Node, other: Node) -> None:
-        """Pull the cable between two hosts, and let the connections that they have time out at once."""
+    def cut(self, one: Node, other: Node, *, silently: bool = False) -> None:
+        """Pull the cable between two hosts, and unless silently let their connections time out at once."""
         ends = self._ends(one, other)
         for node, link in ends.items():
             node.shell("ip", "link", "set", link, "down")
-        for node in ends:
+        for node in () if silently else ends:
             self.reset(node)
 
     def mend(self, one: Node, other: Node) -> None:
@@ -394,6 +395,13 @@ def make_everything(node: Node, ref: str, many: int = 100) -> None:
 def look(node: Node, ref: str, *directories: str) -> dict[str, Any]:
     """Return all that a running container sees of files below directories, down to the last attribute."""
     return json.loads(_enter(node, ref, _LOOK, *directories))
+
+
+def pulled(node: Node, ref: str, path: str) -> str | None:
+    """Return a file of a container, running or stopped; None where there is none."""
+    with tempfile.TemporaryDirectory() as directory:
+        done = node.run("pull", f"{ref}:{path}", f"{directory}/file", check=False)
+        return Path(f"{directory}/file").read_text().strip() if done.status == 0 else None
 
 
 def seconds_since(began: float) -> float:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,9 +183,9 @@ def test_snapshots_travel_with_their_configuration_and_branches(left: Node, righ
         if name:
             right.run("rollback", ref, name, "--yes")
         for path in ("/root/state", "/mnt/data/state", f"/root/only-{state}"):
-            assert pulled(right, ref, path) == state, (name, path)
+            assert peers.pulled(right, ref, path) == state, (name, path)
         for other in {"one", "two", "three", "four"} - {state}:
-            assert pulled(right, ref, f"/root/only-{other}") is None
+            assert peers.pulled(right, ref, f"/root/only-{other}") is None
         assert right.api("GET", f"/1/containers/{ref}")[1]["container"]["description"] == state
     right.run("start", ref)
     assert inside(right, ref, "cat /root/state /mnt/data/state; ls /etc/dir") == "one\none\none"
@@ -194,13 +193,6 @@ def test_snapshots_travel_with_their_configuration_and_branches(left: Node, righ
     # And the history goes on.
     right.run("snapshot", ref, "five")
     right.run("delsnapshot", ref, "two")
-
-
-def pulled(node: Node, ref: str, path: str) -> str | None:
-    """Return a file of a container, running or stopped; None where there is none."""
-    with tempfile.TemporaryDirectory() as directory:
-        done = node.run("pull", f"{ref}:{path}", f"{directory}/file", check=False)
-        return Path(f"{directory}/file").read_text().strip() if done.status == 0 else None
 
 
 def _history(node: Node, ref: str) -> None:

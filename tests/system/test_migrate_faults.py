@@ -44,6 +44,8 @@ _DEADLINE_S = 30
 # How long a source waits for a target that it cannot reach: longer than a daemon takes to start, and no
 # longer than a test has patience where the cable is out.
 _PATIENT_S, _IMPATIENT_S = 30.0, 0.5
+# How long it may take to find out that nothing comes any more, and nothing arrives.
+_SILENCE_S = 60.0
 _NAME = "subject"
 # With what a target leaves free for others.
 _DISK_BYTES = 160 << 20
@@ -301,6 +303,35 @@ def test_a_copy_is_there_or_not_and_the_original_does_not_notice(
         assert target.json("info", "copy")["uuid"] != subject.uuid
         target.run("destroy", "copy", "--force", "--yes")
     assert made == (POINTS[point] or point == "migrate.delivered")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["migrate.stopped", "migrate.in.synced"])
+def test_a_cable_that_nobody_tells_of_keeps_no_container_from_running(
+    subject: Subject, outcomes: Outcomes, point: str
+) -> None:
+    """Packets are lost from one moment on, and no connection ends: the source has to find out by itself."""
+    mark = f"{point}, silent, {time.time()}"
+    source = subject.ready(running=True, mark=mark)
+    target = subject.hosts.other(source)
+    with Watch(*subject.both) as watch:
+        with Stop(source if point in SOURCE else target, point) as stop:
+            task = peers.begin(
+                source, _NAME, subject.hosts.name(target), restart=True, patience_s=_IMPATIENT_S
+            )
+            stop.wait(source, task)
+            began = time.monotonic()
+            subject.hosts.cut(source, target, silently=True)
+        try:
+            peers.ended(source, task, _SILENCE_S)
+            seconds = peers.seconds_since(began)
+            source.wait(_NAME, "running")
+        finally:
+            subject.hosts.mend(source, target)
+        assert subject.settle() is source
+        subject.is_whole(source, mark, running=True)
+    outcomes[point, "silent cut"] = f"source {seconds}"
+    assert not watch.doubles
 
 
 # A full disk
