@@ -7,6 +7,7 @@ connection works on is finished or undone here, as soon as its peer can be talke
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ _SELDOM_S = 15.0
 # How long one peer that answers slowly keeps the others from being asked again.
 _ROUND_S = 1.0
 _HOLD_S = 60.0
+_CLOSE_S = 5.0
 _MID = Text(16, pattern="[0-9a-f]{16}")
 _NAME = Text(64)
 
@@ -102,8 +104,10 @@ class Migrations:
         """End what goes on by itself."""
         self._closing = True
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(5)
+        until_s = time.monotonic() + _CLOSE_S
+        for thread in (self._thread, *self._settling.values()):
+            if thread is not None:
+                thread.join(max(0.0, until_s - time.monotonic()))
 
     def look(self) -> None:
         """Look at once for what can be settled: a peer has spoken, or a task has ended."""
