@@ -1,9 +1,11 @@
 """Templates that go along: what containers stand on is sent once, and then only what differs from it."""
 
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
+from sysctr.config import values
 from sysctr.engine.host import Host
 from sysctr.engine.migration_link import why
 from sysctr.engine.migration_streams import taking
@@ -11,17 +13,20 @@ from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.engine.tasks import Task
 from sysctr.engine.tree_sync import receive_tree, send_tree
-from sysctr.errors import Blocked, SysctrError
+from sysctr.errors import Blocked, Busy, ConfigError, SysctrError, UsageError
 from sysctr.peer.channel import Channel
 from sysctr.peer.message import Shape, Text
 from sysctr.storage.base import RootSpec, Tree
 from sysctr.template.base import Made, Source, check_name
 
-_SHORT = Text(256)
+_LINE = r"[^\x00-\x1f\x7f-\x9f]*"
+_SHORT = Text(256, _LINE)
 _ANSWER_S = 600.0
+# Less than the other side waits for an answer.
+_PATIENCE_S = 45.0
 SHAPE = Shape(
     {
-        "name": Text(64), "version": _SHORT, "description": Text(1024), "init": _SHORT,
+        "name": Text(64), "version": _SHORT, "description": Text(1024, _LINE), "init": _SHORT,
         "stop_signal": Text(32),
     }
 )  # fmt: skip
@@ -33,7 +38,9 @@ class Templates:
     def __init__(self, host: Host, peers: Peers) -> None:
         self._host = host
         self._peers = peers
-        self._lock = threading.Lock()
+        self._free = threading.Condition()
+        # The names of those that are being received; a stream may take as long as its peer likes.
+        self._coming: set[str] = set()
         peers.register("migrate.template", SHAPE, self._take)
 
     def send(self, task: Task, peer: str, name: str, rate_bytes: int | None) -> int:
@@ -73,8 +80,8 @@ class Templates:
         name = check_name(message["name"])
         if not peer.may_send or (peer.pools and "default" not in peer.pools):
             raise Blocked(f"cannot take template {name}: {peer.name} may not put any here")
-        # Two containers of one template come at the same time.
-        with self._lock:
+        _check(name, message)
+        with self._receiving(name):
             if any(one.name == name for one in host.templates.list()):
                 return {"have": True}
 
@@ -91,3 +98,28 @@ class Templates:
             made = host.templates.add(name, build)
         host.bus.publish("template", name=name, change="created", peer=peer.name)
         return {"size_bytes": made.size_bytes}
+
+    @contextmanager
+    def _receiving(self, name: str) -> Iterator[None]:
+        """Let one at a time send a template of a name; whoever comes meanwhile waits a little."""
+        with self._free:
+            if not self._free.wait_for(lambda: name not in self._coming, _PATIENCE_S):
+                raise Busy(f"cannot take template {name}: another host is sending it", "try again later")
+            self._coming.add(name)
+        try:
+            yield
+        finally:
+            with self._free:
+                self._coming.discard(name)
+                self._free.notify_all()
+
+
+def _check(name: str, message: dict[str, Any]) -> None:
+    """Raise UsageError for what a template must not say: its containers could not be started or stopped."""
+    try:
+        if message["init"]:
+            values.parse_path(message["init"])
+        if message["stop_signal"]:
+            values.parse_signal(message["stop_signal"])
+    except ConfigError as error:
+        raise UsageError(f"cannot take template {name}: {error.message}") from error

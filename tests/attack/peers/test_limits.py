@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +174,32 @@ def test_floods(victim: Victim, rogue: Rogue, second: Rogue, hosts: tuple[Node, 
     for one in half_open:
         one.close()
     second.hang_up()
+
+
+TEMPLATE = {
+    "name": "unsent", "version": "1", "description": "", "init": "/sbin/init", "stop_signal": "SIGTERM"
+}  # fmt: skip
+
+
+def test_a_template_that_never_comes_to_its_end(victim: Victim, rogue: Rogue, second: Rogue) -> None:
+    channel = rogue.connect()
+    assert channel.call("migrate.template", **TEMPLATE) == {"have": False}
+    # The one that is never sent keeps no other from being.
+    began_s = time.monotonic()
+    assert second.connect().call("migrate.template", 30, **{**TEMPLATE, "name": "tiny"}) == {"have": True}
+    assert time.monotonic() - began_s < 10
+    second.hang_up()
+    rogue.hang_up()
+    wait_until(lambda: not list(Path(victim.node.layout.lib).rglob("*unsent*")), 30)
+    assert [one["name"] for one in victim.node.json("template", "list")] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"name": "../x"}, {"name": "x\n"}, {"name": ""}, {"init": "../x"}, {"init": "/x\n"},
+     {"stop_signal": "NONE"}, {"description": "\x1b[2J"},
+     {"version": "\x9b2J"}, {"version": 7}, {"digest": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_what_a_template_must_not_say(victim: Victim, rogue: Rogue, changes: dict[str, Any]) -> None:
+    refused(rogue.connect(), "migrate.template", **{**TEMPLATE, **changes})
