@@ -203,3 +203,29 @@ def test_a_template_that_never_comes_to_its_end(victim: Victim, rogue: Rogue, se
 )  # fmt: skip
 def test_what_a_template_must_not_say(victim: Victim, rogue: Rogue, changes: dict[str, Any]) -> None:
     refused(rogue.connect(), "migrate.template", **{**TEMPLATE, **changes})
+
+
+def test_a_daemon_ends_while_a_stream_does_not(victim: Victim, rogue: Rogue) -> None:
+    node = victim.node
+    channel = rogue.connect()
+    begun(channel)
+    channel.call("migrate.sync", 60, id=MID, volume="101", mode="all", still=False)
+    ours, theirs = socket.socketpair()
+
+    def endless() -> None:
+        with contextlib.suppress(SysctrError):
+            fd = ours.detach()
+            channel.exchange(fd, fd, idle_s=60)
+
+    thread = in_thread(endless)
+    wait_until(lambda: node.json("migrations")[0]["state"] == "moving")
+    began_s = time.monotonic()
+    node.run("daemon", "restart")
+    assert time.monotonic() - began_s < 20
+    theirs.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    # What had come is kept until its source says what became of it.
+    assert [one["phase"] for one in node.json("migrations")] == ["receiving"]
+    assert begun(rogue.connect())["phase"] == "receiving"
+    victim.slowest_s = 0.0

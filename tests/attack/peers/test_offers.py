@@ -238,6 +238,7 @@ def test_messages_come_in_any_order(victim: Victim, rogue: Rogue, second: Rogue)
         assert channel.call(f"migrate.{op}", id=MID) == {"answer": "receiving"}
     assert channel.call("migrate.commit", id=MID, start=True) == {"answer": "receiving"}
 
+    assert "not finished" in refused(channel, "peer.remove").message
     # Somebody else's migration, whose id was guessed.
     other = second.connect()
     assert other.call("migrate.abort", id=MID) == {"answer": "aborted"}

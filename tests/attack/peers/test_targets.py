@@ -1,9 +1,12 @@
 """A host that is asked to take a container, and that answers anything (security.md S17, S26, S32)."""
 
+import socket
+import subprocess
 from typing import Any
 
 import pytest
 
+from sysctr.peer.channel import Channel
 from tests.attack.peers.besieged import Victim
 from tests.attack.peers.rogue import Rogue
 from tests.wait import wait_until
@@ -130,4 +133,47 @@ def test_a_holder_of_a_replica_that_answers_anything(victim: Victim, rogue: Rogu
         node.run("start", "goes")
     finally:
         node.run("replicate", "goes", "--stop", "--force", check=False)
+        node.run("destroy", "goes", "--force", "--yes")
+
+
+@pytest.mark.parametrize("how", ["cancel", "destroy", "restart"])
+def test_an_exchange_that_never_ends_is_ended(victim: Victim, rogue: Rogue, how: str) -> None:
+    """How long a target takes is its own business; who waits for it can stop at any time."""
+    node = victim.node
+    node.run("create", "goes", "--template", "tiny", "--start")
+    number = str(node.json("info", "goes")["id"])
+    placed = [{"source": number, "pool": "default", "method": "rsync", "expected_bytes": 0}]
+    ends: list[socket.socket] = []
+
+    def never(_message: dict, channel: Channel) -> None:
+        channel.send({"ok": {}})
+        ours, theirs = socket.socketpair()
+        ends.append(theirs)
+        fd = ours.detach()
+        channel.exchange(fd, fd, idle_s=60)
+
+    rogue.answers |= {
+        "migrate.check": verdict(volumes=placed), "migrate.begin": {"phase": "receiving", "kept": []},
+        "migrate.sync": never, "migrate.abort": {"answer": "aborted"},
+    }  # fmt: skip
+    try:
+        waiting = node.popen("migrate", "goes", "rogue", "--restart", stderr=subprocess.DEVNULL)
+        wait_until(lambda: ends, 30, "a stream")
+        [task] = [one for one in node.json("task", "list") if one["kind"] == "migrate" and not one["ended"]]
+        if how == "cancel":
+            node.run("task", "cancel", task["id"])
+        elif how == "destroy":
+            node.run("destroy", "goes", "--force", "--yes")
+            node.run("create", "goes", "--template", "tiny", "--id", number)
+        else:
+            # It lets tasks go on for a while.
+            node.run("daemon", "restart", timeout_s=60)
+            victim.slowest_s = 0.0
+        assert waiting.wait(30) != 0
+        wait_until(lambda: not node.json("migrations"), 30)
+        # A new container of the same number is none that has to run again.
+        assert node.state("goes") == ("stopped" if how == "destroy" else "running")
+    finally:
+        for one in ends:
+            one.close()
         node.run("destroy", "goes", "--force", "--yes")
