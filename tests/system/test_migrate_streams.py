@@ -1,17 +1,15 @@
 """Containers on btrfs that move to a btrfs as streams of it: all their states, the present one, and cuts."""
 
 import contextlib
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import node
-from tests.disk import disk
 from tests.node import Node, TemplateStore, kill
+from tests.system import peers
 from tests.system.guests import create, inside, lines, new_name, shell
+from tests.system.peers import acquainted, begin, disk_at, ended, migrations, task
 from tests.wait import wait_until
 
 pytestmark = [
@@ -20,35 +18,31 @@ pytestmark = [
 ]
 
 _MIB = 1 << 20
-_ENDED = ("done", "failed", "cancelled", "interrupted")
 _NAMES = ("left", "right")
 # Counts without an end, and says no number before it is on the disk.
 _COUNT = "n=0; while n=$((n + 1)); do echo $n >>/root/count; sync -d /root/count; sleep 0.05; done"
 _SERVICE = f"#!/bin/sh\n[ $1 = start ] && ( {_COUNT.replace('n=0', 'n=$(wc -l </root/count)', 1)} ) &\n"
 
 
+def with_btrfs(host: Node) -> contextlib.AbstractContextManager[None]:
+    """Give a host a btrfs."""
+    return disk_at(host, place(host), "btrfs", 1 << 30)
+
+
+def place(host: Node) -> str:
+    """Return where a host has its btrfs."""
+    return f"{host.root}/disk"
+
+
 @pytest.fixture(scope="module")
-def pair(
-    pytestconfig: pytest.Config, templates: TemplateStore, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Node]]:
+def pair(pytestconfig: pytest.Config, templates: TemplateStore) -> Iterator[dict[str, Node]]:
     """Two hosts that trust each other, each with a btrfs for the pool `fast`."""
-    with contextlib.ExitStack() as stack:
-        pools = {}
-        for name in _NAMES:
-            pools[name] = str(tmp_path_factory.mktemp(name))
-            stack.enter_context(disk(pools[name], "btrfs", size_bytes=1 << 30))
-        both = stack.enter_context(node.two_nodes(keep=pytestconfig.getoption("keep")))
-        hosts = dict(zip(_NAMES, both, strict=True))
-        templates.give(hosts["left"], "tiny")
-        for name, host in hosts.items():
-            host.run("pool", "add", "fast", "--driver", "btrfs", "--path", f"{pools[name]}/pool")
-        token = hosts["left"].json("peer", "token")["token"]
-        hosts["right"].run("peer", "join", token, "--name", "left")
-        (joined,) = hosts["left"].json("peer", "list")
-        hosts["left"].run("peer", "rename", joined["name"], "right")
-        yield hosts
-        for host in both:
-            assert "Traceback" not in host.logs(), host.logs()
+    with acquainted(
+        templates, *_NAMES, keep=pytestconfig.getoption("keep"), before=dict.fromkeys(_NAMES, with_btrfs)
+    ) as hosts:
+        for host in hosts.nodes.values():
+            host.run("pool", "add", "fast", "--driver", "btrfs", "--path", f"{place(host)}/pool")
+        yield hosts.nodes
 
 
 @pytest.fixture(scope="module")
@@ -85,22 +79,14 @@ def _nothing_stays(pair: dict[str, Node]) -> Iterator[None]:
     """See that neither host has more subvolumes, or anything under way, than its containers account for."""
     yield
     for host in pair.values():
-        wait_until(lambda one=host: one.json("migrations") == [], 30, "the end of what is under way")
+        wait_until(lambda one=host: migrations(one) == [], 30, "the end of what is under way")
         host.run("destroy", "--all", "--force", "--yes")
         wait_until(lambda one=host: subvolumes(one) == [], 30, "the end of all subvolumes")
 
 
-def place(host: Node) -> str:
-    """Return the directory of a host's btrfs."""
-    (pool,) = (one for one in host.json("pool", "list") if one["name"] == "fast")
-    return str(Path(pool["path"]).parent)
-
-
 def subvolumes(host: Node) -> list[str]:
     """Return the subvolumes of volumes and their snapshots, half-made ones too."""
-    found = subprocess.run(
-        ["btrfs", "subvolume", "list", place(host)], capture_output=True, text=True, check=True
-    ).stdout
+    found = host.shell("btrfs", "subvolume", "list", place(host)).out
     return sorted(line.split()[-1] for line in found.splitlines() if "/layers/" not in line)
 
 
@@ -110,29 +96,15 @@ def temporary(host: Node) -> list[str]:
 
 
 def move(host: Node, ref: str, *options: str, verb: str = "migrate") -> dict[str, Any]:
-    """Move a container to the other host and return the report; it has to have gone as streams."""
-    (done,) = host.json(verb, ref, "right", *options)
-    assert done["state"] == "done", done
-    assert {one["method"] for one in done["result"]["volumes"]} == {"stream"}
-    return done["result"]
+    """Move a container to the right host and return the report; it has to have gone as streams."""
+    report = peers.move(host, ref, "right", *options, verb=verb)
+    assert {one["method"] for one in report["volumes"]} == {"stream"}
+    return report
 
 
-def begin(host: Node, ref: str, **options: object) -> str:
-    """Begin to move a container to the other host and return the task's id."""
-    status, answer = host.api("POST", f"/1/containers/{ref}/migrate", {"peer": "right", **options})
-    assert status == 202, answer
-    return answer["task"]["id"]  # type: ignore[index]
-
-
-def task(host: Node, number: str) -> dict[str, Any]:
-    _, answer = host.api("GET", f"/1/tasks/{number}")
-    return answer["task"]  # type: ignore[index]
-
-
-def ended(host: Node, number: str) -> dict[str, Any]:
-    """Wait for the end of a task and return its result; it has to have gone well."""
-    wait_until(lambda: task(host, number)["state"] in _ENDED, 90, "the end of the migration")
-    found = task(host, number)
+def result(host: Node, number: str) -> dict[str, Any]:
+    """Wait for the end of a migration and return its report; it has to have gone well."""
+    found = ended(host, number, 90)
     assert found["state"] == "done", found
     return found["result"]
 
@@ -196,8 +168,7 @@ def test_every_state_of_a_stopped_container_goes_as_a_stream(left: Node, right: 
     # The history goes on, and all of it goes back.
     right.run("snapshot", ref, "five")
     right.run("delsnapshot", ref, "two")
-    left_there = right.json("migrate", ref, "left")[0]
-    assert left_there["state"] == "done", left_there
+    peers.move(right, ref, "left")
     assert [name for name, _ in tree(left, ref)] == ["one", "three", "five"]
     assert temporary(left) == temporary(right) == subvolumes(right) == []
 
@@ -253,10 +224,10 @@ def test_a_pass_that_the_target_has_and_nobody_knows_of_does_no_harm(
     right.run("daemon", "start", env={"SYSCTR_FAULT": point})
     first = right.pids()["daemon"]
 
-    number = begin(left, ref, restart=True)
+    number = begin(left, ref, "right", restart=True)
     wait_until(lambda: right.pids().get("daemon") != first, 60, f"the end of the daemon at {point}")
     right.run("daemon", "start")
-    report = ended(left, number)
+    report = result(left, number)
 
     assert report["started"]
     seen = counted(right, ref)
@@ -274,16 +245,16 @@ def test_a_stream_that_is_cut_is_sent_again_or_undone(pair: dict[str, Node], ref
     digest = inside(left, ref, "sha256sum /root/large")
     left.run("snapshot", ref, "one")
 
-    number = begin(left, ref, restart=True, bwlimit_bytes=10 * _MIB)
+    number = begin(left, ref, "right", restart=True, bwlimit_bytes=10 * _MIB)
     wait_until(lambda: (task(left, number)["progress_bytes"] or 0) > 5 * _MIB, 60, "5 MiB that were sent")
     kill(pair[which].pids()["daemon"])
     pair[which].run("daemon", "start")
 
     if which == "right":
-        assert ended(left, number)["started"]
+        assert result(left, number)["started"]
     else:
         # The source's own end undoes it: what it is, it stays, and over there is nothing.
-        wait_until(lambda: left.json("migrations") == right.json("migrations") == [], 60, "the undoing")
+        wait_until(lambda: migrations(left) == migrations(right) == [], 60, "the undoing")
         assert left.state(ref) == "running"
         assert (right.json("list"), subvolumes(right), temporary(left)) == ([], [], [])
         move(left, ref, "--restart")
