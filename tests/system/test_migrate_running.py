@@ -225,8 +225,8 @@ done
 
 
 def digest(node: Node, name: str) -> str:
-    """Return the digest of the only file of a name in the volumes of a host."""
-    (path,) = Path(node.layout.pool, "volumes").rglob(name)
+    """Return the digest of the only file of a name that a host's containers wrote."""
+    (path,) = Path(node.layout.pool, "uppers").rglob(name)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
