@@ -181,6 +181,7 @@ def test_list_status_and_info_speak_json(host: Node) -> None:
     assert host.run("list", "-q").out == "100\n101\n"
     assert host.json("status", running) == {
         "id": 100, "name": running, "state": "running", "booted": None, "exit": None, "task": None,
+        "away": None,
     }  # fmt: skip
     info = host.json("info", "101")
     assert set(info) >= _SHORT | {"uuid", "created", "idmap", "limits", "nets", "init", "volume"}
