@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from sysctr.engine import handover
 from sysctr.engine.handover import Action, Target
-from sysctr.engine.host import Host
+from sysctr.engine.host import REBOOT_PATIENCE_S, Host
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.migration_arrival import PRESENT, Arrival, draft_record, drop_present, sync_root
 from sysctr.engine.migration_check import (
@@ -374,8 +374,9 @@ class Incoming:
         record = host.store.load(number)
         try:
             task = host.tasks.submit(
-                "start", number, lambda task: self._lifecycle.start(task, number), subject=record.title
-            )
+                "start", number, lambda task: self._lifecycle.start(task, number), subject=record.title,
+                patience_s=REBOOT_PATIENCE_S,
+            )  # fmt: skip
         except SysctrError as error:
             return error.message
         task.wait(_HANDOVER_S)

@@ -14,7 +14,7 @@ from typing import Any
 from sysctr.engine import handover
 from sysctr.engine.creation import Creation
 from sysctr.engine.handover import Action, Side, Source, Target
-from sysctr.engine.host import Host
+from sysctr.engine.host import REBOOT_PATIENCE_S, Host
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.migration_answers import read_answer
 from sysctr.engine.migration_journal import ARRIVING, Entry, MigrationJournal
@@ -190,8 +190,9 @@ class Migrations:
         with contextlib.suppress(SysctrError):
             record = self._host.store.load(number)
             task = self._host.tasks.submit(
-                "start", number, lambda task: self._lifecycle.start(task, number), subject=record.title
-            )
+                "start", number, lambda task: self._lifecycle.start(task, number), subject=record.title,
+                patience_s=REBOOT_PATIENCE_S,
+            )  # fmt: skip
             task.wait(_HOLD_S)
 
     def _outcome(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:

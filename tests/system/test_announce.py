@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from sysctr.network.announce import announcements
-from tests.node import Node
+from tests.node import Node, cable
 from tests.system.guests import create
 from tests.wait import wait_until
 
@@ -27,7 +27,7 @@ while True:
 def lan(two_nodes: tuple[Node, Node]) -> tuple[Node, str, Node]:
     """Return a neighbour and its card, and a host whose own bridge lan0 has the other end of the cable."""
     neighbour, host = two_nodes
-    card, port = f"sl{neighbour.layout.tag}", f"sr{host.layout.tag}"
+    card, port = cable(neighbour, host).values()
     host.shell("ip", "link", "add", "lan0", "type", "bridge")
     host.shell("ip", "address", "flush", "dev", port)
     host.shell("ip", "link", "set", port, "master", "lan0")

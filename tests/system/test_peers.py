@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.node import Node
+from tests.node import Node, cable
 from tests.wait import wait_until
 
 pytestmark = pytest.mark.root
@@ -213,7 +213,7 @@ def test_no_secret_is_left_anywhere(two_nodes: tuple[Node, Node]) -> None:
     left, right = two_nodes
     text = token(left)
     # Stopped, the issuer keeps the joiner waiting, so that its command line can be looked at.
-    left.shell("ip", "link", "set", f"sl{left.layout.tag}", "down")
+    left.shell("ip", "link", "set", cable(left, right)[left], "down")
     process = right.popen("peer", "join", text)
     body = text.removeprefix("sysctr1.")
 
@@ -222,7 +222,7 @@ def test_no_secret_is_left_anywhere(two_nodes: tuple[Node, Node]) -> None:
 
     wait_until(lambda: body.encode() not in line() and b"join" in line(), what="a clean command line")
     assert process.poll() is None
-    left.shell("ip", "link", "set", f"sl{left.layout.tag}", "up")
+    left.shell("ip", "link", "set", cable(left, right)[left], "up")
     assert process.wait(60) == 0
     assert len(left.json("peer", "list")) == 1
     for node in two_nodes:
