@@ -25,6 +25,11 @@ class Call:
         """The container's id or name."""
         return self.path["ref"]
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The body without the fields that are null."""
+        return {name: value for name, value in self.body.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Route:

@@ -87,12 +87,8 @@ def _act(verb: str, *fields: Field) -> Route:
     )
 
 
-def _given(call: Call) -> dict[str, Any]:
-    return {name: value for name, value in call.body.items() if value is not None}
-
-
 def _create(engine: Any, call: Call) -> Any:
-    return engine.create(_given(call))
+    return engine.create(call.given)
 
 
 def _tasks(engine: Any, call: Call) -> Any:
@@ -187,11 +183,11 @@ ROUTES: tuple[Route, ...] = (
         "the configuration as Proxmox's pct.conf, and what that cannot say", answer="pct notes",
     ),
     Route(
-        "POST", "/1/pct", lambda engine, call: engine.import_pct(_given(call)),
+        "POST", "/1/pct", lambda engine, call: engine.import_pct(call.given),
         "create a container with the settings of a pct.conf", PCT, answer="task", status=202,
     ),
     Route(
-        "POST", "/1/pct/check", lambda engine, call: engine.check_pct(_given(call)),
+        "POST", "/1/pct/check", lambda engine, call: engine.check_pct(call.given),
         "what a container made of a pct.conf would be", PCT, answer="name template toml kept notes",
     ),
     Route(
@@ -266,7 +262,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         "POST", "/1/containers/{ref}/snapshots",
-        lambda engine, call: engine.history.snapshot(call.ref, **_given(call)), "keep its present state",
+        lambda engine, call: engine.history.snapshot(call.ref, **call.given), "keep its present state",
         (
             Field("name", Nullable(SNAPSHOT), "name; without it one of the time"),
             Field("description", Text(1024), "one line for people"),
@@ -291,12 +287,12 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         "POST", "/1/containers/{ref}/clone",
-        lambda engine, call: engine.history.clone(call.ref, _given(call)),
+        lambda engine, call: engine.history.clone(call.ref, call.given),
         "make a container of it", CLONE, answer="task", status=202,
     ),
     Route(
         "POST", "/1/containers/{ref}/template",
-        lambda engine, call: engine.history.template(call.ref, **_given(call)), "make a template of it",
+        lambda engine, call: engine.history.template(call.ref, **call.given), "make a template of it",
         (
             Field("name", Text(128), "name of the template", required=True),
             Field("snapshot", Nullable(SNAPSHOT), "of this state; without it the present one"),
@@ -306,7 +302,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         "POST", "/1/containers/{ref}/diff",
-        lambda engine, call: engine.history.diff(call.ref, **_given(call)),
+        lambda engine, call: engine.history.diff(call.ref, **call.given),
         "compare its files with a snapshot, or with its template",
         (Field("snapshot", Nullable(SNAPSHOT), "with this one; without it the template"),),
         answer="task", status=202,

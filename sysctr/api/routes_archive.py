@@ -8,24 +8,20 @@ from sysctr.api.fields import Field, Nullable, Text
 from sysctr.api.route import BYTES, Call, Route
 
 
-def _given(call: Call) -> dict[str, Any]:
-    return {name: value for name, value in call.body.items() if value is not None}
-
-
 def _restore(engine: Any, call: Call) -> Any:
-    spec = _given(call)
+    spec = call.given
     return engine.archive.restore(spec.pop("archive"), spec)
 
 
 def _import_lxc(engine: Any, call: Call) -> Any:
-    spec = _given(call)
+    spec = call.given
     return engine.archive.import_lxc(spec.pop("container"), spec.pop("directory", ""), spec)
 
 
 ARCHIVE_ROUTES: tuple[Route, ...] = (
     Route(
         "POST", "/1/containers/{ref}/backup",
-        lambda engine, call: engine.archive.backup(call.ref, _given(call)),
+        lambda engine, call: engine.archive.backup(call.ref, call.given),
         "write an archive of a container into a directory", BACKUP, answer="task", status=202,
     ),
     Route(

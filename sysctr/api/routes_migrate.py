@@ -1,9 +1,8 @@
 """The routes that move containers between hosts."""
 
-from typing import Any
 
 from sysctr.api.fields import Array, Boolean, Field, Nullable, Number, Table, Text
-from sysctr.api.route import Call, Route
+from sysctr.api.route import Route
 from sysctr.engine.replication import LEAST_EVERY_S
 
 _NAME = Text(63)
@@ -21,14 +20,10 @@ _WISHES = (
 )
 
 
-def _given(call: Call) -> dict[str, Any]:
-    return {name: value for name, value in call.body.items() if value is not None}
-
-
 MIGRATE_ROUTES: tuple[Route, ...] = (
     Route(
         "POST", "/1/containers/{ref}/migrate",
-        lambda engine, call: engine.migrations.migrate(call.ref, _given(call)),
+        lambda engine, call: engine.migrations.migrate(call.ref, call.given),
         "move a container to a peer",
         (
             _PEER,
@@ -40,7 +35,7 @@ MIGRATE_ROUTES: tuple[Route, ...] = (
     ),
     Route(
         "POST", "/1/containers/{ref}/copy",
-        lambda engine, call: engine.migrations.copy(call.ref, _given(call)),
+        lambda engine, call: engine.migrations.copy(call.ref, call.given),
         "make a copy of a container on a peer, with an identity of its own", (_PEER, *_WISHES),
         answer="task", status=202,
     ),
@@ -58,7 +53,7 @@ MIGRATE_ROUTES: tuple[Route, ...] = (
     # Replicas
     Route(
         "POST", "/1/containers/{ref}/replicate",
-        lambda engine, call: engine.replication.replicate(call.ref, _given(call)),
+        lambda engine, call: engine.replication.replicate(call.ref, call.given),
         "keep a replica of a container on a peer, brought up to date now and then",
         (
             _PEER,

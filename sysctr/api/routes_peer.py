@@ -10,10 +10,6 @@ _ADDRESSES = Field("addresses", Array(Text(300), 16), "HOST:PORT where it is rea
 _FORCE = Field("force", Boolean(), "here alone, if it cannot be reached")
 
 
-def _given(call: Call) -> dict[str, Any]:
-    return {name: value for name, value in call.body.items() if value is not None}
-
-
 def _list(engine: Any, call: Call) -> Any:
     return {"peers": engine.peers.list(), "here": engine.peers.status()}
 
@@ -23,7 +19,7 @@ async def _show(api: Any, _request: Any, call: Call) -> Any:
 
 
 async def _join(api: Any, _request: Any, call: Call) -> Any:
-    return {"peer": await api.run_waiting(_calling(api, "join", **_given(call)))}
+    return {"peer": await api.run_waiting(_calling(api, "join", **call.given))}
 
 
 async def _rotate(api: Any, _request: Any, call: Call) -> Any:
@@ -41,7 +37,7 @@ def _calling(api: Any, method: str, *arguments: Any, **options: Any) -> Any:
 
 
 def _change(engine: Any, call: Call) -> Any:
-    changes = _given(call)
+    changes = call.given
     name, new = call.path["name"], changes.pop("name", None)
     peer = engine.peers.restrict(name, **changes)
     if new is not None:
@@ -53,7 +49,7 @@ PEER_ROUTES: tuple[Route, ...] = (
     Route("GET", "/1/peers", _list, "hosts that this one trusts, and who it is", answer="peers here"),
     Route(
         "POST", "/1/peers/token",
-        lambda engine, call: engine.peers.token(**_given(call)), "make a token with which a host can join",
+        lambda engine, call: engine.peers.token(**call.given), "make a token with which a host can join",
         (
             Field("expires_s", Nullable(Number(1, 30 * 86400)), "until when it holds, in seconds (3600)"),
             _ADDRESSES,

@@ -53,18 +53,7 @@ def _both_arguments(parser: "argparse.ArgumentParser", verb: str) -> None:
         "--name", metavar="N",
         help=f"name of the {'container' if verb == 'migrate' else 'copy'} there (default: the same)",
     )  # fmt: skip
-    for kind in ("pool", "bridge"):
-        parser.add_argument(
-            f"--{kind}-map", metavar="HERE=THERE", action="append", default=[], type=pair,
-            help=f"the {kind} there for a {kind} here; again for more (default: the one of the same name)",
-        )  # fmt: skip
-    parser.add_argument(
-        "--leave-out", metavar="WHAT", action="append", default=[], type=foreign,
-        help="leave out what it has of this host: bind, device; or both with a comma",
-    )  # fmt: skip
-    parser.add_argument(
-        "--bwlimit", metavar="RATE", type=rate, help="send at most so much a second, such as 50M; 0: no limit"
-    )
+    sending_options(parser)
     parser.add_argument(
         "--dry-run", action="store_true",
         help="send nothing: say what would be sent, and all that is in the way",
@@ -74,6 +63,34 @@ def _both_arguments(parser: "argparse.ArgumentParser", verb: str) -> None:
         help="all at once (default: one after the other; with --no-wait all at once)",
     )  # fmt: skip
     task_options(parser)
+
+
+def sending_options(parser: "argparse.ArgumentParser") -> None:
+    """Add what everything that is sent to another host has: where it goes there, without what, how fast."""
+    for kind in ("pool", "bridge"):
+        parser.add_argument(
+            f"--{kind}-map", metavar="HERE=THERE", action="append", default=[], type=_pair,
+            help=f"the {kind} there for a {kind} here; again for more (default: the one of the same name)",
+        )  # fmt: skip
+    parser.add_argument(
+        "--leave-out", metavar="WHAT", action="append", default=[], type=_foreign,
+        help="leave out what it has of this host: bind, device; or both with a comma",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bwlimit", metavar="RATE", type=rate, help="send at most so much a second, such as 50M; 0: no limit"
+    )
+
+
+def sending_fields(arguments: "argparse.Namespace") -> "dict[str, Any]":
+    """Return what the API is told of these: only what was asked for."""
+    wanted = {
+        "pool_map": _mapping(arguments.pool_map, "--pool-map"),
+        "bridge_map": _mapping(arguments.bridge_map, "--bridge-map"),
+        "leave_out": sorted({kind for kinds in arguments.leave_out for kind in kinds}),
+        # A rate of 0 is none.
+        "bwlimit_bytes": arguments.bwlimit,
+    }
+    return {key: value for key, value in wanted.items() if value}
 
 
 def _migrate_arguments(parser: "argparse.ArgumentParser") -> None:
@@ -108,7 +125,7 @@ def _copy_arguments(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--start", action="store_true", help="start the copy at once")
 
 
-def pair(text: str) -> "tuple[str, str]":
+def _pair(text: str) -> "tuple[str, str]":
     """Read HERE=THERE."""
     here, _, there = text.partition("=")
     if not here or not there or "=" in there:
@@ -118,7 +135,7 @@ def pair(text: str) -> "tuple[str, str]":
     return here, there
 
 
-def foreign(text: str) -> "list[str]":
+def _foreign(text: str) -> "list[str]":
     """Read what of the host can be left out."""
     kinds = [kind.strip() for kind in text.split(",")]
     if not all(kind in _FOREIGN for kind in kinds):
@@ -128,7 +145,7 @@ def foreign(text: str) -> "list[str]":
     return kinds
 
 
-def mapping(pairs: "list[tuple[str, str]]", option: str) -> "dict[str, str]":
+def _mapping(pairs: "list[tuple[str, str]]", option: str) -> "dict[str, str]":
     """Return what is mapped to what; nothing is mapped twice."""
     mapping: dict[str, str] = {}
     for here, there in pairs:
@@ -142,13 +159,9 @@ def _body(arguments: "argparse.Namespace", peer: str) -> "dict[str, Any]":
     wanted = {
         "id": arguments.id, "name": arguments.name, "start": arguments.start, "dry_run": arguments.dry_run,
         "restart": getattr(arguments, "restart", False), "keep": getattr(arguments, "keep", False),
-        "pool_map": mapping(arguments.pool_map, "--pool-map"),
-        "bridge_map": mapping(arguments.bridge_map, "--bridge-map"), "bwlimit_bytes": arguments.bwlimit,
-        "leave_out": sorted({kind for kinds in arguments.leave_out for kind in kinds}),
     }  # fmt: skip
-    # A rate of 0 is none.
-    given = {key: value for key, value in wanted.items() if value not in (None, False, {}, [], 0)}
-    return {"peer": peer, **given}
+    given = {key: value for key, value in wanted.items() if value not in (None, False)}
+    return {"peer": peer, **given, **sending_fields(arguments)}
 
 
 def _migrate(arguments: "argparse.Namespace", client: "Client") -> int:

@@ -3,9 +3,8 @@
 import time
 
 from sysctr import errors
-from sysctr.cli.backup import rate
 from sysctr.cli.command import Command, Selected, task_options, words
-from sysctr.cli.migrate import foreign, known_peer, mapping, pair
+from sysctr.cli.migrate import known_peer, sending_fields, sending_options
 from sysctr.cli.output import duration, print_json, print_table, size
 from sysctr.cli.progress import Submitted, finish, submit
 from sysctr.cli.table import Column
@@ -51,16 +50,7 @@ def _replicate_arguments(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument(
         "--every", metavar="TIME", type=_span, help="how often: 5m, 1h, 1d (default: 15m)"
     )
-    for kind in ("pool", "bridge"):
-        parser.add_argument(
-            f"--{kind}-map", metavar="HERE=THERE", action="append", default=[], type=pair,
-            help=f"the {kind} there for a {kind} here; again for more (default: the one of the same name)",
-        )  # fmt: skip
-    parser.add_argument(
-        "--leave-out", metavar="WHAT", action="append", default=[], type=foreign,
-        help="leave out what it has of this host: bind, device; or both with a comma",
-    )  # fmt: skip
-    parser.add_argument("--bwlimit", metavar="RATE", type=rate, help="send at most so much a second")
+    sending_options(parser)
     parser.add_argument("--stop", action="store_true", help="end the replication and remove the replica")
     parser.add_argument(
         "--force", action="store_true", help="with --stop: even if the other host cannot be told"
@@ -84,14 +74,10 @@ def _replicate(arguments: "argparse.Namespace", client: "Client") -> int:
         where = path("containers", one.ref, "replicate")
         started = submit([one], lambda _one: client.request("DELETE", where, body))
         return finish(client, started, arguments, _stopped, single=True)
-    wanted: dict[str, Any] = {
-        "peer": known_peer(client, arguments.peer, "replicate", [one]), "every_s": arguments.every,
-        "pool_map": mapping(arguments.pool_map, "--pool-map"),
-        "bridge_map": mapping(arguments.bridge_map, "--bridge-map"),
-        "leave_out": sorted({kind for kinds in arguments.leave_out for kind in kinds}),
-        "bwlimit_bytes": arguments.bwlimit,
+    body = {
+        "peer": known_peer(client, arguments.peer, "replicate", [one]), **sending_fields(arguments),
+        **({} if arguments.every is None else {"every_s": arguments.every}),
     }  # fmt: skip
-    body = {key: value for key, value in wanted.items() if value not in (None, {}, [])}
     started = submit([one], lambda ct: client.post(path("containers", ct.ref, "replicate"), body))
     return finish(client, started, arguments, _done, single=True)
 

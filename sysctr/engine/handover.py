@@ -112,7 +112,8 @@ def may_start_source(away: bool, phase: str | None) -> bool:
     """Tell whether the source may start the container; `away` is the record's, of whatever migration.
 
     `stopped` is refused because the task that wrote it may be about to commit: whoever wants the container
-    back undoes first, which writes `aborted`. For a copy nobody asks.
+    back undoes first, which writes `aborted`. For a copy nobody asks. The model checks the rest by it; the
+    engine need not ask, for that task holds the container, and with the task gone nobody commits.
     """
     return not away and phase in (None, Source.SENDING, Source.ABORTED)
 

@@ -11,7 +11,7 @@ from sysctr.engine.cloning import Cloning
 from sysctr.engine.compaction import Compaction
 from sysctr.engine.creation import Creation
 from sysctr.engine.differences import compare
-from sysctr.engine.host import REBOOT_PATIENCE_S, Host
+from sysctr.engine.host import Host
 from sysctr.engine.journal import Journal
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.naming import naming, title
@@ -86,12 +86,7 @@ class History:
         """Take up what goes on by itself, when everything that runs is known."""
         for number in to_start:
             with contextlib.suppress(SysctrError):
-                record = self._host.store.load(number)
-                # Nobody asked for it: whoever gives a command meanwhile waits for its end.
-                self._host.tasks.submit(
-                    "start", number, lambda task, number=number: self._lifecycle.start(task, number),
-                    subject=record.title, patience_s=REBOOT_PATIENCE_S,
-                )  # fmt: skip
+                self._lifecycle.submit_start(number)
         self._scheduler.start()
         self._compaction.start()
         # Volumes that an earlier version made have none.

@@ -110,6 +110,13 @@ class Lifecycle:
                 self._tell_early_end(container_id)
         host.bus.publish("container", id=container_id, change="started")
 
+    def submit_start(self, number: int) -> Task:
+        """Start a container in a task of its own though nobody asked for it: who gives a command waits."""
+        return self._host.tasks.submit(
+            "start", number, lambda task: self.start(task, number),
+            subject=self._host.store.load(number).title, patience_s=REBOOT_PATIENCE_S,
+        )  # fmt: skip
+
     def start_new(self, task: Task, record: Record) -> None:
         """Start a container that was just made; if that fails, the error says that it is kept."""
         task.step("starting")

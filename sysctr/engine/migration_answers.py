@@ -17,6 +17,7 @@ _PLACED = Shape(
     {"source": _NAME, "pool": _NAME, "method": Text(choices=("rsync", "stream")), "expected_bytes": _NUMBER}
 )
 _NOTHING = Shape({})
+_BEGUN = Shape({"phase": Text(choices=tuple(Target)), "kept": Items(_NAME, 1000)})
 
 _ANSWERS = {
     "check": Shape(
@@ -25,9 +26,8 @@ _ANSWERS = {
             "blockers": Items(_BLOCKER, 4096), "warnings": Items(_LINE, 4096), "template": Text(128),
         }
     ),
-    "begin": Shape(
-        {"phase": Text(choices=tuple(Target)), "kept": Items(_NAME, 1000)},
-    ),
+    "template": Shape({"have": Flag()}),
+    "begin": _BEGUN,
     "sync": _NOTHING,
     "stream": _NOTHING,
     "turn": _NOTHING,
@@ -43,6 +43,8 @@ _ANSWERS = {
     "abort": Shape({"answer": _ANSWER}),
     "forget": Shape({"answer": _ANSWER}),
     "outcome": Shape({"outcome": Text(choices=("pending", "committed", "aborted")), "start": Flag()}),
+    "replica.begin": _BEGUN,
+    "replica.keep": Shape({"number": Whole()}),
     "replica.status": Shape({"known": Flag(), "promoted": Flag(), "generation": Whole()}),
     "replica.source": Shape({"known": Flag()}),
 }  # fmt: skip
@@ -53,9 +55,7 @@ def read_answer(channel: Channel, op: str, told: dict[str, Any]) -> dict[str, An
 
     What a newer host says beyond that is left out: it was asked what this one asks.
     """
-    shape = _ANSWERS.get(op.removeprefix("migrate."))
-    if shape is None:
-        return told
+    shape = _ANSWERS[op.removeprefix("migrate.")]
     known = {key: value for key, value in told.items() if key in shape.required or key in shape.optional}
     speakers = Speakers(channel.name, str(channel.hello.get("version", "?")), __version__)
     return speakers.read(shape, known, f"the answer to {op}")

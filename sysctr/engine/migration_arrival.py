@@ -11,14 +11,14 @@ from sysctr.engine import firewall
 from sysctr.engine.cloning import renew
 from sysctr.engine.host import Host
 from sysctr.engine.ids import IdRange
-from sysctr.engine.migration_check import drafted, fits, made_unique, template_here
+from sysctr.engine.migration_check import drafted, fits, made_unique
 from sysctr.engine.migration_journal import Entry
 from sysctr.engine.migration_offer import Offer, OfferedSnapshot, parse_offer
 from sysctr.engine.record import Record, new_record
 from sysctr.errors import SysctrError
 from sysctr.linux import fault
 from sysctr.storage import tree
-from sysctr.storage.base import Driver, RootSpec
+from sysctr.storage.base import Driver
 from sysctr.template.rootfs_check import check_rootfs
 
 # What a source calls the state that it sends of what changes on.
@@ -35,7 +35,7 @@ class Arrival:
         """Make those that are missing: a daemon may have died in the middle."""
         host = self._host
         record = draft_record(entry)
-        template = template_here(host, offer) if entry["template"] else None
+        template = host.templates.get(entry["template"]) if entry["template"] else None
         for one in offer.volumes:
             pool, name, method = entry["volumes"][one.name]
             driver = host.pools.get(pool)
@@ -91,7 +91,7 @@ class Arrival:
                 driver.rollback(name, entry["present"][one.name])
             try:
                 root = driver.activate(name)
-                sync_root(root)
+                tree.sync_root(root)
                 if one.root and not root.lowers:
                     found = check_rootfs(root.trees[-1].path, config.init)
                     guest = {
@@ -173,10 +173,3 @@ def drop_present(driver: Driver, volume: str, but: str = "") -> None:
     for one in driver.snapshots(volume):
         if PRESENT.fullmatch(one.name) and one.name != but:
             driver.delete_snapshot(volume, one.name)
-
-
-def sync_root(root: RootSpec) -> None:
-    """Write out what is in memory of a volume that is mountable."""
-    for part in root.trees:
-        if not part.read_only:
-            tree.sync_file_system(part.path)

@@ -21,17 +21,11 @@ from sysctr.engine.migration_offer import Offer, OfferedVolume
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.record import Record, new_record
 from sysctr.engine.restore_config import Draft, Wishes, draft, give_up_macs, here_of
-from sysctr.errors import Refused, SysctrError
+from sysctr.errors import Blocked, Refused, SysctrError
 from sysctr.template.base import Template
 
 # What the rest of the pool's users must have left.
 _RESERVE_BYTES = 64 << 20
-
-
-class Blocked(Refused):
-    """A container cannot be moved for reasons that are all named."""
-
-    code = "blocked"
 
 
 @dataclass(frozen=True)
@@ -269,7 +263,7 @@ def _record(config: Container, text: str) -> Record:
 def _addresses(host: Host, offer: Offer, config: Container) -> dict[str, str]:
     """Return which address each managed card would have; empty where that is not known before."""
     network = host.network
-    taken = {ip for ips in network.all_addresses().values() for ip in ips}
+    taken = _taken(host)
     found = {}
     for nic in config.nets:
         if nic.ip == "manual" or (nic.bridge or network.bridge) != network.bridge:
@@ -278,6 +272,11 @@ def _addresses(host: Host, offer: Offer, config: Container) -> dict[str, str]:
         kept = wanted and not offer.wishes.copy and fits(host, wanted) and wanted not in taken
         found[nic.name] = wanted if kept else ""
     return found
+
+
+def _taken(host: Host, but: int = 0) -> set[str]:
+    """Return the addresses that containers have here, all but one of them."""
+    return {ip for number, ips in host.network.all_addresses().items() for ip in ips if number != but}
 
 
 def fits(host: Host, ip: str) -> bool:
@@ -319,8 +318,7 @@ def drafted(host: Host, offer: Offer, text: str, name: str) -> Draft:
 
 def _fit_addresses(host: Host, made: Draft, number: int = 0) -> None:
     """Take an address off a card that this host's network cannot give it, or another container has."""
-    network = host.network
-    taken = {ip for other, ips in network.all_addresses().items() for ip in ips if other != number}
+    network, taken = host.network, _taken(host, number)
     for nic in made.config.nets:
         if "/" not in nic.ip or (nic.bridge or network.bridge) != network.bridge:
             continue

@@ -17,12 +17,15 @@ from typing import Any
 from sysctr.errors import Refused, SysctrError
 from sysctr.linux import files
 from sysctr.paths import Layout
+from sysctr.peer.message import Text
 from sysctr.storage.tree import explain
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-MID = re.compile(r"[0-9a-f]{16}")
+_MID = "[0-9a-f]{16}"
+# The id of a migration in a message.
+MID = Text(16, pattern=_MID)
 _LARGEST_BYTES = 16 << 20
 
 # Roles in which this host has what was received, and a number that is reserved for it.
@@ -47,7 +50,7 @@ class MigrationJournal:
             files.remove_unfinished(self._directory)
             for name in sorted(os.listdir(self._directory)):
                 mid, dot, kind = name.partition(".")
-                if dot and kind == "json" and MID.fullmatch(mid):
+                if dot and kind == "json" and re.fullmatch(_MID, mid):
                     self._load(mid)
 
     def _load(self, mid: str) -> None:

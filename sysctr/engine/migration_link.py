@@ -1,19 +1,17 @@
 """The conversation of one migration with its target, over as many connections as it takes."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sysctr.engine.migration_answers import read_answer
+from sysctr.engine.migration_streams import giving
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.engine.tasks import Task
-from sysctr.errors import NoSpace, SysctrError
+from sysctr.engine.tree_sync import Exchange
 from sysctr.peer.channel import Channel, PeerLost
-
-log = logging.getLogger(__name__)
 
 _AGAIN_S = 1.0
 _CHECK_S = 0.1
@@ -81,37 +79,17 @@ class Link:
         assert self._channel is not None
         return read_answer(self._channel, op, self._channel.call(op, timeout_s, id=self.mid, **fields))
 
-    def transfer(
-        self, op: str, move: Callable[[Callable[[int, int], None]], Any], **fields: Any
-    ) -> dict[str, Any]:
-        """Ask the target to take a stream, let `move` use what exchanges bytes with it, return the answer."""
+    def transfer(self, op: str, move: Callable[[Exchange], Any], **fields: Any) -> None:
+        """Ask the target to take a stream, and let `move` use what exchanges bytes with it."""
         self.call(op, **fields)
         channel = self._channel
         assert channel is not None
-
-        begun = False
-
-        def exchange(read_fd: int, write_fd: int) -> None:
-            nonlocal begun
-            begun = True
-            channel.exchange(
-                read_fd, write_fd, told=self._told, rate_bytes=self.rate_bytes, check=self._task.check,
-                idle_s=_IDLE_S,
-            )  # fmt: skip
-
         try:
-            move(exchange)
-            return channel.answer(_ANSWER_S)
-        except PeerLost:
-            self.close()
-            raise
-        except SysctrError as error:
-            if not begun:
-                # It waits for a stream, and would for long.
-                channel.decline(error)
-            cause = why(channel, error)
-            self.close()
-            raise cause from (None if cause is error else error)
+            with giving(
+                channel, told=self._told, rate_bytes=self.rate_bytes, check=self._task.check, idle_s=_IDLE_S
+            ) as exchange:
+                move(exchange)
+            channel.answer(_ANSWER_S)
         except BaseException:
             # What is still on its way belongs to nobody now.
             self.close()
@@ -152,15 +130,3 @@ class Link:
         while time.monotonic() < until:
             self._task.check()
             time.sleep(_CHECK_S)
-
-
-def why(channel: Channel, error: SysctrError) -> SysctrError:
-    """Return why a stream came to nothing: what this side saw, unless the other side knows better."""
-    try:
-        channel.answer(_ANSWER_S)
-    except PeerLost:
-        return error
-    except SysctrError as theirs:
-        # Of a disk that is full over there, this side has only seen that the stream ended.
-        return theirs if isinstance(theirs, NoSpace) or error.code == SysctrError.code else error
-    return error

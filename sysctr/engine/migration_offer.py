@@ -21,7 +21,7 @@ from sysctr.storage.volumes import check_snapshot, check_volume
 # More than a container can have; each costs the target at least a file.
 _MOST_VOLUMES = 64
 _MOST_SNAPSHOTS = 1000
-_MOST_GENERATIONS = 1 << 53
+MOST_GENERATIONS = 1 << 53
 _LARGEST_BYTES = 1 << 60
 _TEXT = re.compile(r"[^\x00-\x1f\x7f]{0,256}")
 _FIREWALL_LIMIT = 1 << 20
@@ -236,7 +236,7 @@ def _read(kind: type, data: object, what: str, checks: Mapping[str, Callable]) -
 _BYTES = _number(0, _LARGEST_BYTES, optional=True)
 _TIME = _number(0, 1e12, whole=False)
 _CONFIG = _text(toml.LONGEST_FILE_BYTES, lines=True)
-_GENERATION = _number(0, _MOST_GENERATIONS)
+_GENERATION = _number(0, MOST_GENERATIONS)
 _VOLUME = {
     "name": _text(64), "pool": _text(64), "kind": _text(32), "root": _flag, "native": _flag,
     "size_bytes": _number(1, _LARGEST_BYTES, optional=True), "total_bytes": _BYTES, "own_bytes": _BYTES,

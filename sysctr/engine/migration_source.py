@@ -27,7 +27,7 @@ from sysctr.engine.migration_survey import Options, Survey
 from sysctr.engine.migration_template import Templates
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
-from sysctr.engine.record import Record
+from sysctr.engine.record import Record, away_facts
 from sysctr.engine.snapshots import Snapshots
 from sysctr.engine.tasks import Task
 from sysctr.errors import Refused, SysctrError, WrongState
@@ -106,17 +106,17 @@ class Outgoing:
             plain={one.name for one in offer.volumes if not (one.root and template)},
         )  # fmt: skip
         self._alive.add(mid)
-        self._journal.write(
-            {
-                "id": mid, "role": "source", "phase": Source.SENDING.value, "number": number,
-                "name": record.name, "uuid": record.uuid, "peer": peer.id, "peer_name": peer.name,
-                "copy": options.copy, "keep": options.keep, "ran": False, "start": options.start,
-                "decided": None, "claimed": False, "told": False, "since": round(time.time(), 3),
-            }
-        )  # fmt: skip
-        fault.point("migrate.begun")
-        self._host.bus.publish("migration", id=mid, change="sending", container=number, peer=peer.name)
         try:
+            self._journal.write(
+                {
+                    "id": mid, "role": "source", "phase": Source.SENDING.value, "number": number,
+                    "name": record.name, "uuid": record.uuid, "peer": peer.id, "peer_name": peer.name,
+                    "copy": options.copy, "keep": options.keep, "ran": False, "start": options.start,
+                    "decided": None, "claimed": False, "told": False, "since": round(time.time(), 3),
+                }
+            )  # fmt: skip
+            fault.point("migrate.begun")
+            self._host.bus.publish("migration", id=mid, change="sending", container=number, peer=peer.name)
             stopped_s = self._transfer(task, move, options)
             entry = self._decide(task, move, options)
         except BaseException:
@@ -266,7 +266,7 @@ class Outgoing:
                 raise WrongState(f"cannot move {move.record.title}: it is {entry['phase']} by now")
             if options.copy:
                 return self._journal.write(entry, phase=Source.COMMITTED.value)
-            host.store.update(number, away=away_facts(entry))
+            host.store.update(number, away=away_facts(mid, entry["peer"], entry["peer_name"]))
             fault.point("migrate.away")
             # For the list of migrations: the record is what counts.
             return self._journal.write(entry, phase=Source.COMMITTED.value)
@@ -420,13 +420,6 @@ class Outgoing:
         """Tell whether the record of the container says that this migration took it away."""
         record = self._record(entry)
         return record is not None and record.away is not None and record.away.get("id") == entry["id"]
-
-
-def away_facts(entry: Entry) -> dict[str, Any]:
-    """Return what the record of a container says that a migration took away."""
-    return {
-        "id": entry["id"], "peer": entry["peer"], "name": entry["peer_name"], "time": round(time.time(), 3)
-    }  # fmt: skip
 
 
 def _words(passes: list[dict[str, Any]], number: int) -> str:

@@ -13,23 +13,24 @@ from typing import Any, cast
 
 from sysctr.engine import handover
 from sysctr.engine.handover import Action, Target
-from sysctr.engine.host import REBOOT_PATIENCE_S, Host
+from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
-from sysctr.engine.migration_arrival import PRESENT, Arrival, draft_record, drop_present, sync_root
+from sysctr.engine.migration_arrival import PRESENT, Arrival, draft_record, drop_present
 from sysctr.engine.migration_check import (
     judge,
     own_of,
     refuse_blocked,
     volume_names,
 )
-from sysctr.engine.migration_journal import ARRIVING, MID, Entry, MigrationJournal
+from sysctr.engine.migration_journal import ARRIVING, Entry, MigrationJournal
 from sysctr.engine.migration_offer import Offer, OfferedSnapshot, parse_offer
 from sysctr.engine.migration_streams import Exchange, receive_stream, taking
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.tree_sync import receive_tree
-from sysctr.errors import NotFound, Refused, SysctrError, UsageError, WrongState
+from sysctr.errors import NotFound, Refused, SysctrError, WrongState
 from sysctr.linux import fault
 from sysctr.peer.channel import Channel
+from sysctr.storage import tree
 from sysctr.storage.base import Streams
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Incoming:
 
     def begin(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Reserve what a container needs and make its volumes; one that was begun already goes on."""
-        mid = _mid(message)
+        mid: str = message["id"]
         entry = self._journal.get(mid)
         if entry is not None:
             self._check(entry, peer)
@@ -110,7 +111,7 @@ class Incoming:
                         mode=str(message["mode"]), still=bool(message["still"]),
                     )  # fmt: skip
                     # Not when the container stands still: by then there is little left to write.
-                    sync_root(root)
+                    tree.sync_root(root)
                 finally:
                     driver.deactivate(name)
             return {}
@@ -205,7 +206,7 @@ class Incoming:
 
     def abort(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Remove all that was received; one that is unknown was removed already."""
-        entry = self._journal.get(_mid(message))
+        entry = self._journal.get(message["id"])
         if entry is not None and peer.id == entry["peer"]:
             self.take_over(entry["id"], channel)
         with self.known(peer, message, channel) as (entry, _session):
@@ -370,13 +371,8 @@ class Incoming:
 
     def _start(self, number: int) -> str:
         """Start what was taken; returns why that failed, if it did: the container is here all the same."""
-        host = self._host
-        record = host.store.load(number)
         try:
-            task = host.tasks.submit(
-                "start", number, lambda task: self._lifecycle.start(task, number), subject=record.title,
-                patience_s=REBOOT_PATIENCE_S,
-            )  # fmt: skip
+            task = self._lifecycle.submit_start(number)
         except SysctrError as error:
             return error.message
         task.wait(_HANDOVER_S)
@@ -438,7 +434,7 @@ class Incoming:
         self, peer: Peer, message: dict[str, Any], channel: Channel
     ) -> Iterator[tuple[Entry | None, _Session]]:
         """Give the entry that a message is about, None where it is unknown."""
-        mid = _mid(message)
+        mid: str = message["id"]
         with self.working(mid, channel) as session:
             entry = self._journal.get(mid)
             # Of others' migrations nobody is told.
@@ -453,7 +449,7 @@ class Incoming:
         with self.known(peer, message, channel) as (entry, session):
             verdict = handover.target_accepts(entry["phase"] if entry else None, "sync")
             if entry is None or not verdict.allowed:
-                raise WrongState(f"cannot go on with migration {_mid(message)}: it is {verdict.answer} there")
+                raise WrongState(f"cannot go on with migration {message['id']}: it is {verdict.answer} there")
             _refuse_unwelcome(peer, entry)
             yield entry, session
 
@@ -461,13 +457,6 @@ class Incoming:
         if entry["role"] not in ARRIVING or peer.id != entry["peer"]:
             # As if there were none: of others' migrations nobody is told.
             raise NotFound(f"cannot go on with migration {entry['id']}: it is unknown here")
-
-
-def _mid(message: dict[str, Any]) -> str:
-    mid = str(message["id"])
-    if not MID.fullmatch(mid):
-        raise UsageError("cannot understand the migration's id")
-    return mid
 
 
 def _refuse_unwelcome(peer: Peer, entry: Entry) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 from sysctr.config import values
 from sysctr.engine.host import Host
-from sysctr.engine.migration_link import why
-from sysctr.engine.migration_streams import taking
+from sysctr.engine.migration_answers import read_answer
+from sysctr.engine.migration_streams import giving, taking
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.engine.tasks import Task
 from sysctr.engine.tree_sync import receive_tree, send_tree
-from sysctr.errors import Blocked, Busy, ConfigError, SysctrError, UsageError
+from sysctr.errors import Blocked, Busy, ConfigError, UsageError
 from sysctr.peer.channel import Channel
 from sysctr.peer.message import Shape, Text
 from sysctr.storage.base import RootSpec, Tree
@@ -57,20 +57,14 @@ class Templates:
         task.step(f"sending the template {name}")
         view = RootSpec((Tree("template", host.templates.rootfs(name), read_only=True),))
         with closing(self._peers.connect(peer)) as channel:
-            answer = channel.call(
+            told_there = channel.call(
                 "migrate.template", name=name, version=template.version,
                 description=template.description, init=template.init, stop_signal=template.stop_signal,
             )  # fmt: skip
-            if answer.get("have"):
+            if read_answer(channel, "template", told_there)["have"]:
                 return 0
-
-            def exchange(read_fd: int, write_fd: int) -> None:
-                channel.exchange(read_fd, write_fd, told=told, check=task.check, rate_bytes=rate_bytes)
-
-            try:
+            with giving(channel, told=told, check=task.check, rate_bytes=rate_bytes) as exchange:
                 send_tree(host.jobs_for_templates(), task, view, exchange, "all")
-            except SysctrError as error:
-                raise why(channel, error) from error
             channel.answer(_ANSWER_S)
         return sent_bytes
 

@@ -14,17 +14,17 @@ from typing import Any
 from sysctr.engine import handover
 from sysctr.engine.creation import Creation
 from sysctr.engine.handover import Action, Side, Source, Target
-from sysctr.engine.host import REBOOT_PATIENCE_S, Host
+from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.migration_answers import read_answer
-from sysctr.engine.migration_journal import ARRIVING, Entry, MigrationJournal
-from sysctr.engine.migration_source import Outgoing, away_facts
+from sysctr.engine.migration_journal import ARRIVING, MID, Entry, MigrationJournal
+from sysctr.engine.migration_source import Outgoing
 from sysctr.engine.migration_survey import Options
 from sysctr.engine.migration_target import Incoming
 from sysctr.engine.naming import naming
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
-from sysctr.engine.record import Record
+from sysctr.engine.record import Record, away_facts
 from sysctr.engine.snapshots import Snapshots
 from sysctr.engine.tasks import Task
 from sysctr.engine.tree_sync import MODES
@@ -41,7 +41,6 @@ _SELDOM_S = 15.0
 _ROUND_S = 1.0
 _HOLD_S = 60.0
 _CLOSE_S = 5.0
-_MID = Text(16, pattern="[0-9a-f]{16}")
 _NAME = Text(64)
 
 
@@ -82,7 +81,7 @@ class Migrations:
             ("forget", {}, self._incoming.forget),
             ("outcome", {}, self._outcome),
         ):
-            peers.register(f"migrate.{op}", Shape({"id": _MID, **fields}), handler)
+            peers.register(f"migrate.{op}", Shape({"id": MID, **fields}), handler)
 
     # Over the life of the daemon
 
@@ -188,12 +187,7 @@ class Migrations:
 
     def _start(self, number: int) -> None:
         with contextlib.suppress(SysctrError):
-            record = self._host.store.load(number)
-            task = self._host.tasks.submit(
-                "start", number, lambda task: self._lifecycle.start(task, number), subject=record.title,
-                patience_s=REBOOT_PATIENCE_S,
-            )  # fmt: skip
-            task.wait(_HOLD_S)
+            self._lifecycle.submit_start(number).wait(_HOLD_S)
 
     def _outcome(self, peer: Peer, message: dict[str, Any], _channel: Channel) -> dict[str, Any]:
         return self._outgoing.outcome(peer, str(message["id"]))
@@ -355,7 +349,7 @@ class Migrations:
         if not decision.away:
             away = None
         elif away is None:
-            away = away_facts(entry)
+            away = away_facts(entry["id"], entry["peer"], entry["peer_name"])
         host.store.update(number, away=away, generation=generation)
 
     def _decide_target(self, entry: Entry, side: Side) -> None:

@@ -140,10 +140,6 @@ class Peers:
             raise NotFound(f"cannot find peer {shown(ref)}", "`sysctr peer list` shows what there is")
         return peer
 
-    def by_fingerprint(self, fingerprint: str) -> Peer:
-        """Return the peer that has, or had, this fingerprint; raises NotFound."""
-        return self.get(fingerprint)
-
     def connect(self, ref: str, timeout_s: float = 20.0) -> Channel:
         """Return a new connection to a peer, the `hello` of which says what that is.
 

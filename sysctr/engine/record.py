@@ -122,6 +122,11 @@ def config_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def away_facts(migration: str, peer: str, peer_name: str) -> dict[str, Any]:
+    """Return what a record says from now on of a container that a migration, or a replica, took away."""
+    return {"id": migration, "peer": peer, "name": peer_name, "time": round(time.time(), 3)}
+
+
 def new_record(
     number: int,
     config_text: str,

@@ -14,21 +14,19 @@ from sysctr.engine.host import Host
 from sysctr.engine.migration_answers import read_answer
 from sysctr.engine.migration_arrival import Arrival, draft_record
 from sysctr.engine.migration_check import judge, refuse_blocked, volume_names
-from sysctr.engine.migration_journal import Entry, MigrationJournal
-from sysctr.engine.migration_offer import parse_offer
+from sysctr.engine.migration_journal import MID, Entry, MigrationJournal
+from sysctr.engine.migration_offer import MOST_GENERATIONS, parse_offer
 from sysctr.engine.migration_target import Incoming
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
 from sysctr.errors import NotFound, Refused, SysctrError, WrongState
 from sysctr.linux import fault
 from sysctr.peer.channel import Channel, PeerLost
-from sysctr.peer.message import Anything, Real, Shape, Text, Whole
+from sysctr.peer.message import Anything, Real, Shape, Whole
 
 log = logging.getLogger(__name__)
 
 _STATE = "replica-"
-_MID = Text(16, pattern="[0-9a-f]{16}")
-_MOST_GENERATIONS = 1 << 53
 
 
 class Replicas:
@@ -44,11 +42,11 @@ class Replicas:
         self._peers = peers
         for op, fields, handler in (
             ("begin", {"offer": Anything()}, self._on_begin),
-            ("keep", {"time": Real(0, 1e12), "generation": Whole(0, _MOST_GENERATIONS)}, self._on_keep),
+            ("keep", {"time": Real(0, 1e12), "generation": Whole(0, MOST_GENERATIONS)}, self._on_keep),
             ("status", {}, self._on_status),
             ("drop", {}, self._on_drop),
         ):
-            peers.register(f"replica.{op}", Shape({"id": _MID, **fields}), handler)
+            peers.register(f"replica.{op}", Shape({"id": MID, **fields}), handler)
 
     # What a source may ask
 

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 from sysctr.engine.backup_state import State, States
@@ -22,6 +22,7 @@ from sysctr.engine.host import Host
 from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.migration_answers import read_answer
 from sysctr.engine.migration_check import Placed, refuse_blocked
+from sysctr.engine.migration_journal import MID
 from sysctr.engine.migration_link import Link
 from sysctr.engine.migration_offer import Offer
 from sysctr.engine.migration_sender import Move, Sender
@@ -29,13 +30,13 @@ from sysctr.engine.migration_survey import Options, Survey
 from sysctr.engine.naming import naming
 from sysctr.engine.peer_records import Peer
 from sysctr.engine.peers import Peers
-from sysctr.engine.record import Record
+from sysctr.engine.record import Record, away_facts
 from sysctr.engine.replica import Replicas
 from sysctr.engine.snapshots import Snapshots
 from sysctr.engine.tasks import Task
 from sysctr.errors import Busy, NoDaemon, NotFound, Refused, SysctrError, WrongState
 from sysctr.peer.channel import Channel, PeerLost
-from sysctr.peer.message import Shape, Text
+from sysctr.peer.message import Shape
 from sysctr.storage.base import RootSpec
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,6 @@ _PATIENCE_S = 30.0
 _ASK_S = 5.0
 _RETRY_S = 60.0
 _LOOK_S = 30.0
-_MID = Text(16, pattern="[0-9a-f]{16}")
 
 
 class Replication:
@@ -76,7 +76,7 @@ class Replication:
         self._thread: threading.Thread | None = None
         host.guards.append(self._guard)
         peers.guards.append(self._refuse_forgetting)
-        peers.register("replica.source", Shape({"id": _MID}), self._on_source)
+        peers.register("replica.source", Shape({"id": MID}), self._on_source)
 
     # Over the life of the daemon
 
@@ -175,10 +175,7 @@ class Replication:
                 self._confirmed.add(replica["id"])
                 return
             log.error("%d: %s has promoted its replica: it is its own now", record.id, replica["name"])
-            away = {
-                "id": replica["id"], "peer": replica["peer"], "name": replica["name"],
-                "time": round(time.time(), 3),
-            }  # fmt: skip
+            away = away_facts(replica["id"], replica["peer"], replica["name"])
             self._host.store.update(record.id, away=away, replica=None)
             self._end(record.id)
             self._host.network.release(record.id)
@@ -358,7 +355,7 @@ class Replication:
                 move = Move(record, offer, link, volumes, {v: Placed(v, "") for v in views})
                 task.step("sending what has changed")
                 link.keep_trying(
-                    lambda: self._sender.send_pass(task, move, _given(views), kept=True), _PATIENCE_S
+                    lambda: self._sender.send_pass(task, move, nullcontext(views), kept=True), _PATIENCE_S
                 )
             answer = link.keep_trying(
                 lambda: link.call_as("replica.keep", time=now, generation=record.generation), _PATIENCE_S
@@ -411,11 +408,6 @@ class Replication:
 def _held(number: int) -> str:
     """Return what a run holds: the container itself is held only for the moment that its state takes."""
     return f"replication of {number}"
-
-
-@contextmanager
-def _given(views: dict[str, RootSpec]) -> Iterator[dict[str, RootSpec]]:
-    yield views
 
 
 def _real(blockers: "list[dict[str, str]]", record: Record) -> "list[dict[str, str]]":

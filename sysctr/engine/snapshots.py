@@ -240,9 +240,7 @@ class Snapshots:
         # What is written now need not be written while nothing runs.
         task.step("writing to the disk")
         for driver, volume in volumes:
-            for part in driver.activate(volume).trees:
-                if not part.read_only:
-                    tree.sync_file_system(part.path)
+            tree.sync_root(driver.activate(volume))
         task.step("taking the snapshot")
         pause = Pause(self._host, record.id, len(volumes))
         root = volumes[-1]

@@ -175,7 +175,7 @@ class PassMark:
         self._boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         # Which inode each directory was: a list as long as there are directories, sorted.
         self.directories: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the mark
-        _sync(view)
+        tree.sync_root(view)
         self.close = weakref.finalize(self, self.directories.close)
 
     def since(self) -> str:
@@ -343,13 +343,6 @@ class _Connected:
 def _received(words: bytes) -> Received:
     found = {name: pattern.search(words) for name, pattern in _TOTALS.items()}
     return Received(**{name: int(match[1]) if match else 0 for name, match in found.items()})
-
-
-def _sync(view: RootSpec) -> None:
-    """Write out what is in memory of the trees that somebody may write to."""
-    for one in view.trees:
-        if not one.read_only:
-            tree.sync_file_system(one.path)
 
 
 def _pipe(stack: contextlib.ExitStack) -> "tuple[Fd, Fd]":

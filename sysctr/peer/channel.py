@@ -114,9 +114,9 @@ class Channel:
 
         Returns the bytes sent and received. It takes over both descriptors, which may be one socket, and
         closes them whatever happens. `told` gets the bytes moved since it was called last, several times a
-        second, and then `check` is called, which may raise: then both sides end. `rate_bytes` limits what
-        is sent in a second. After silence of `idle_s` seconds the other side is lost; while it lives it is
-        not silent, even if it has nothing to send.
+        second, and then `check` is called, as it is before the first: it may raise, and both sides end.
+        `rate_bytes` limits what is sent in a second. After silence of `idle_s` seconds the other side is
+        lost; while it lives it is not silent, even if it has nothing to send.
 
         When the local program has ended a SysctrError says so; when the other side breaks the stream off, the
         error that it tells is raised. Messages can go on after both, and after everything else it is closed.

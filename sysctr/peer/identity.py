@@ -8,7 +8,6 @@ Nobody but the two hosts has a say: there is no authority, no name and no date i
 
 import base64
 import binascii
-import contextlib
 import hashlib
 import os
 import re
@@ -86,12 +85,6 @@ def succeed(directory: str) -> Identity:
     os.rename(f"{directory}/next.pem", f"{directory}/identity.pem")
     files.sync_directory(directory)
     return read(directory)
-
-
-def drop_next(directory: str) -> None:
-    """Forget the pair that was to be the next."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{directory}/next.pem")
 
 
 def _new_pair() -> bytes:

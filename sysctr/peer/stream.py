@@ -77,6 +77,8 @@ class Stream:
                 _prepare(fd)
             self._tell_at = self._sent_at = self._heard_at = time.monotonic()
             try:
+                # A stream of nothing has ended before the first look.
+                self._check()
                 self._loop(None)
             except PeerLost:
                 raise

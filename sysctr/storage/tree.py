@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from sysctr.errors import NoSpace, Refused, SysctrError
 from sysctr.linux import process
+from sysctr.storage.base import RootSpec
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,13 @@ def sync_directory(path: str) -> None:
 def sync_file_system(path: str) -> None:
     """Put everything that was written to the file system of `path` on the disk."""
     process.run(["sync", "--file-system", "--", path], timeout_s=_WALK_TIMEOUT_S)
+
+
+def sync_root(root: RootSpec) -> None:
+    """Put everything on the disk that was written to the trees of a volume that somebody may write to."""
+    for one in root.trees:
+        if not one.read_only:
+            sync_file_system(one.path)
 
 
 def size_bytes(*paths: str) -> int:

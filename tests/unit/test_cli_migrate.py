@@ -137,6 +137,19 @@ def test_a_rate_is_one_of_backups(stub):
     assert asked(stub) == []
 
 
+@pytest.mark.parametrize("verb", ["migrate", "replicate"])
+def test_where_it_goes_and_how_fast_is_told_alike(stub, verb):
+    goes(stub, "web", verb)
+    options = ["--pool-map", "a=b", "--bridge-map", "vmbr0=vmbr1", "--leave-out", "device,bind"]
+    assert main([verb, "web", "node2", *options, "--bwlimit", "50M", "--no-wait"]) == 0
+    assert asked(stub)[-1][1] == {
+        "peer": "node2", "pool_map": {"a": "b"}, "bridge_map": {"vmbr0": "vmbr1"},
+        "leave_out": ["bind", "device"], "bwlimit_bytes": 50 * MB,
+    }  # fmt: skip
+    assert main([verb, "web", "node2", "--bwlimit", "0", "--no-wait"]) == 0
+    assert asked(stub)[-1][1] == {"peer": "node2"}
+
+
 def test_the_report_says_what_became_of_it(stub, capsys):
     goes(stub, "web")
     assert main(["migrate", "web", "node2", "--restart"]) == 0
