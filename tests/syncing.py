@@ -104,18 +104,23 @@ class Pair:
         self.their_task = Telling()
         self.since: PassMark | None = None
         self.bytes = 0
+        self.same = False
 
     def pass_(self, mode: str = "all", *, still: bool = False) -> list[Received]:
-        """Bring the target up to date and return what each run did."""
+        """Bring the target up to date and return what each run did.
+
+        After one of the mode "places" `same` tells whether both ends saw the same.
+        """
         done = []
         since, self.since = self.since, PassMark(self.source)
         for each in ("listed", mode) if since else (mode,):
             options = {"since": since} if each == "listed" else {}
-            first = self.since if each == "listed" or not since else None
+            first = self.since if each in ("listed", "places") or not since else None
             sent, received = self.run(each, still=still, mark=first, **options)
             words = f"{sent!r}, {received!r}, {self.task.lines}, {self.their_task.lines}"
-            assert sent is None, words
+            assert isinstance(sent, str), words
             assert isinstance(received, Received), words
+            self.same = bool(sent) and sent == received.digest
             done.append(received)
         return done
 
@@ -126,7 +131,7 @@ class Pair:
         told: Callable[[int], None] = lambda count: None,
         still: bool = False,
         **options: Any,
-    ) -> tuple[BaseException | None, Received | BaseException]:
+    ) -> tuple[str | BaseException, Received | BaseException]:
         """Do one run and return what came of it at either end."""
 
         def count(number: int) -> None:
@@ -144,9 +149,11 @@ class Pair:
                     # Where it failed before there was an exchange, nobody else tells the other side.
                     theirs.shutdown(socket.SHUT_RDWR)
 
-            def send() -> None:
+            def send() -> str:
                 try:
-                    send_tree(self.here, self.task, self.source, over(ours), mode, still=still, **options)
+                    return send_tree(
+                        self.here, self.task, self.source, over(ours), mode, still=still, **options
+                    )
                 finally:
                     ours.shutdown(socket.SHUT_RDWR)
 

@@ -79,8 +79,11 @@ class Link:
         assert self._channel is not None
         return read_answer(self._channel, op, self._channel.call(op, timeout_s, id=self.mid, **fields))
 
-    def transfer(self, op: str, move: Callable[[Exchange], Any], **fields: Any) -> None:
-        """Ask the target to take a stream, and let `move` use what exchanges bytes with it."""
+    def transfer(self, op: str, move: Callable[[Exchange], Any], **fields: Any) -> dict[str, Any]:
+        """Ask the target to take a stream, and let `move` use what exchanges bytes with it.
+
+        Returns what the target says of what it got.
+        """
         self.call(op, **fields)
         channel = self._channel
         assert channel is not None
@@ -89,7 +92,7 @@ class Link:
                 channel, told=self._told, rate_bytes=self.rate_bytes, check=self._task.check, idle_s=_IDLE_S
             ) as exchange:
                 move(exchange)
-            channel.answer(_ANSWER_S)
+            return read_answer(channel, f"{op}.end", channel.answer(_ANSWER_S))
         except BaseException:
             # What is still on its way belongs to nobody now.
             self.close()

@@ -15,7 +15,7 @@ from sysctr.engine.migration_streams import send_stream
 from sysctr.engine.record import Record
 from sysctr.engine.snapshots import Snapshots, Volume
 from sysctr.engine.tasks import Task
-from sysctr.engine.tree_sync import PassMark, send_tree
+from sysctr.engine.tree_sync import Exchange, PassMark, send_tree
 from sysctr.errors import Refused, SysctrError
 from sysctr.storage.base import Driver, RootSpec, Streams
 
@@ -38,6 +38,8 @@ class Move:
     # Those whose copy over there has files of ours alone, of this migration and of nothing older.
     plain: set[str] = field(default_factory=set)
     passes: list[dict[str, Any]] = field(default_factory=list)
+    # The modes of all runs of rsync so far (sysctr.engine.tree_sync.MODES).
+    runs: list[str] = field(default_factory=list)
     # The state that was sent last, where states are sent as streams.
     sent_state: str = ""
 
@@ -114,7 +116,7 @@ class Sender:
 
         `state` is the snapshot that they are of, where there is one that can be sent as a stream.
         """
-        began_s, sent_before = time.monotonic(), move.link.sent_bytes
+        began_s, sent_before, runs_before = time.monotonic(), move.link.sent_bytes, len(move.runs)
         if move.streams and state:
             for driver, volume in move.volumes:
                 self._stream(move, driver, volume, state, self._last_kept(move, volume))
@@ -130,6 +132,7 @@ class Sender:
             {
                 "pass": len(move.passes) + 1, "seconds": round(seconds, 3), "sent_bytes": sent,
                 "rate_bytes_s": round(sent / seconds) if seconds else None,
+                "runs": move.runs[runs_before:],
             }
         )  # fmt: skip
 
@@ -143,25 +146,47 @@ class Sender:
         if mark is not None:
             # A pass that is cut short has sent some of what it saw: what changes from here on is listed next.
             move.marks.setdefault(volume, mark)
+        send = partial(send_tree, jobs, task, view)
         if since is not None:
-            listed = partial(send_tree, jobs, task, view, since=since, mark=mark)
-            self._run(move, volume, "listed", listed, still=not live)
-        # What stands there already is of another build of the template, or of another time, and may look the
-        # same without being it.
-        mode = "all" if volume in move.plain else "content"
-        first = mark if since is None else None
-        self._run(move, volume, mode, partial(send_tree, jobs, task, view, mark=first), still=not live)
-        move.plain.add(volume)
+            self._run(move, volume, "listed", partial(send, since=since, mark=mark), still=not live)
+        places = partial(self._places, task, move, volume, partial(send, mark=mark), live=live)
+        if since is None or not since.copied or not places():
+            # What stands there already is of another build of the template, or of another time, and may look
+            # the same without being it.
+            mode = "all" if volume in move.plain else "content"
+            first = mark if since is None else None
+            self._run(move, volume, mode, partial(send, mark=first), still=not live)
+            move.plain.add(volume)
         if mark is not None:
+            mark.copied = True
             move.marks[volume] = mark
 
+    def _places(
+        self, task: Task, move: Move, volume: str, send: Callable[..., str], *, live: bool
+    ) -> bool:
+        """Bring names up to date where they changed; tell whether that is enough.
+
+        A run of all would walk all of both sides, for as long as the container stands still.
+        """
+        here, there = self._run(move, volume, "places", send, still=not live)
+        if live or (here and here == there):
+            return True
+        task.log(f"volume {volume} looks otherwise on {move.link.name}: comparing all of it")
+        return False
+
     def _run(
-        self, move: Move, volume: str, mode: str, send: Callable[..., None], *, still: bool
-    ) -> None:
-        work = partial(send, mode=mode, still=still)
-        move.link.transfer(
-            "sync", lambda exchange: work(exchange=exchange), volume=volume, mode=mode, still=still
-        )
+        self, move: Move, volume: str, mode: str, send: Callable[..., str], *, still: bool
+    ) -> tuple[str, str]:
+        """Do one run and return the digests that both ends have made of all that they see, if they have."""
+        digest = ""
+
+        def work(exchange: Exchange) -> None:
+            nonlocal digest
+            digest = send(exchange=exchange, mode=mode, still=still)
+
+        move.runs.append(mode)
+        told = move.link.transfer("sync", work, volume=volume, mode=mode, still=still)
+        return digest, str(told.get("digest", ""))
 
     def send_state(self, task: Task, move: Move, snapshot: OfferedSnapshot) -> None:
         if snapshot.name in move.link.begun["kept"]:

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 # How long its init may take to end, as Proxmox gives it, before it is killed.
 _STOP_TIMEOUT_S = 60.0
 # A pass that takes no longer than this leaves little to do while it stands still.
-_QUICK_S = 1.0
+_QUICK_S = 0.3
 _MOST_PASSES = 8
 # One that takes this share of the pass before does not catch up with what is written.
 _SHRINKING = 0.7

@@ -106,7 +106,7 @@ class Incoming:
             with self._taking(session, volume, channel) as exchange:
                 try:
                     root = driver.activate(name)
-                    receive_tree(
+                    received = receive_tree(
                         self._host.jobs_for(draft_record(entry)), None, root, exchange,
                         mode=str(message["mode"]), still=bool(message["still"]),
                     )  # fmt: skip
@@ -114,7 +114,7 @@ class Incoming:
                     tree.sync_root(root)
                 finally:
                     driver.deactivate(name)
-            return {}
+            return {"digest": received.digest}
 
     def stream(self, peer: Peer, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Make a snapshot of a volume of a stream of its driver's own: an offered one, or the present."""

@@ -43,6 +43,7 @@ _LAST_WORDS_S = 3.0
 _PIPE_BYTES = 1 << 20
 _SO_SNDBUFFORCE = 32  # of asm-generic/socket.h; above net.core.wmem_max, for root
 _STATISTICS_BYTES = 4096
+_DIGEST_BYTES = 64
 
 # An upper's past, which means nothing in a copy of it (sysctr.runtime.layers.MARKS).
 _FILTERS = " ".join(f"--filter='-x user.overlay.{mark}'" for mark in ("origin", "impure", "uuid", "nlink"))
@@ -55,6 +56,10 @@ _SERVER_LISTED = (
     "rsync --server --sender -lHogDtpAXIRSe.LsfxCIvu --numeric-ids --ignore-missing-args"
     " --files-from /tmp/changed --from0 . /source/"
 )
+_SERVER_PLACES = (
+    "rsync --server --sender -ldHogDtpAXRSe.LsfxCIvu --numeric-ids --ignore-missing-args"
+    " --files-from /tmp/places --from0 . /source/"
+)
 _CLIENT = (
     "rsync --archive --hard-links --acls --xattrs --numeric-ids --sparse --devices --specials"
     f" --modify-window=-1 --stats --no-human-readable {_FILTERS} --rsh='/usr/bin/python3 -I -S /tmp/connect'"
@@ -65,11 +70,19 @@ _CLIENT_CONTENT = f"{_CLIENT} --checksum --delete --one-file-system source:/sour
 _CLIENT_LISTED = (
     f"{_CLIENT} --ignore-times --force --from0 --files-from=:/tmp/changed source:/source/ /volume/"
 )
+# Of a listed directory all names, and nothing below them.
+_CLIENT_PLACES = (
+    f"{_CLIENT} --no-recursive --dirs --delete --force --from0 --files-from=:/tmp/places"
+    " source:/source/ /volume/"
+)
 
 # How a run finds out what differs: by size and time; by content, where the copy was not made by the passes of
-# the same migration; or not at all, for what the source lists.
-MODES = ("all", "content", "listed")
-_CLIENTS = {"all": _CLIENT_ALL, "content": _CLIENT_CONTENT, "listed": _CLIENT_LISTED}
+# the same migration; not at all, for the files that the source lists; or by size and time, but only of what
+# is in the directories that it lists.
+MODES = ("all", "content", "listed", "places")
+_CLIENTS = {
+    "all": _CLIENT_ALL, "content": _CLIENT_CONTENT, "listed": _CLIENT_LISTED, "places": _CLIENT_PLACES,
+}  # fmt: skip
 
 # What an rsync says ends up in /tmp/words, and its end in `status`.
 _BEGIN = r"""
@@ -100,6 +113,15 @@ look() {
     ! grep -v -e ': No such file or directory$' -e ': Not a directory$' /tmp/words >&2
 }
 """
+# What rsync compares by, of everything, and how many names each file has: two trees of which this is the same
+# need no rsync that walks both. What it leaves out (content, and attributes and devices that were changed in
+# place) has a new time of the kind that nobody can set.
+_LOOK_ALL = r"""
+look_all() {
+    find . -xdev -type d -printf '%P %y %T@ %m %U %G\0' -o -printf '%P %y %n %s %T@ %m %U %G %l\0' |
+        LC_ALL=C sort -z | sha256sum | cut -d ' ' -f 1
+}
+"""
 # Descriptor 4, where it is wanted, gets which inode each directory is now.
 _SEND = rf"""{_BEGIN}{_SERVE}
 cd /source
@@ -117,16 +139,32 @@ fi
 # written to before (no time changes until it is clean again), times that were set back, and directories that
 # changed places. So what was changed since then, by the time that nobody can set, and what is in directories
 # that have another inode than before (descriptor 3 tells), is sent again whatever it looks like.
+# Some file systems keep whole seconds: of the second before $1, from $2 on, those of such a time count too.
+# Descriptor 5 gets the directories whose names may have changed, and what changed that is no file.
 _SEND_LISTED = rf"""{_BEGIN}{_SERVE}
 cd /source
-look . -xdev -type d -fprintf /tmp/now '%i %p\0' , -type f -newerct "@$1" -fprint0 /tmp/changed
+look . -xdev -type d -fprintf /tmp/now '%i %p\0' , \
+    -newerct "@$1" -fprintf /tmp/newer '0.0 %y %p\0' -o -newerct "@$2" -fprintf /tmp/newer '%C@ %y %p\0'
 sort -z /tmp/now >/tmp/sorted
 cat /tmp/sorted >&4
 cat <&3 >/tmp/before
 comm -z -23 /tmp/sorted /tmp/before >/tmp/new
 cut -z -d ' ' -f 2- /tmp/new >/tmp/moved
+pick() {{ LC_ALL=C sed -z -n "s,^[0-9]*\.0* $1 \(.*\),\1${{2-}},p" /tmp/newer; }}
+pick f >/tmp/changed
 look -files0-from /tmp/moved -maxdepth 1 -type f -print0 >>/tmp/changed
+{{ printf './\0'; pick d /; LC_ALL=C sed -z 's,$,/,' /tmp/moved; pick '[^df]'; }} >&5
 serve {_SERVER_LISTED}
+"""
+# Descriptor 4 gets how all of it looks where $1 says that it stands still.
+_SEND_PLACES = rf"""{_BEGIN}{_SERVE}{_LOOK_ALL}
+cd /source
+cat <&3 >/tmp/places
+if [ "$1" = still ]; then
+    look_all >&4 &
+    trap wait EXIT
+fi
+serve {_SERVER_PLACES}
 """
 # The remote shell of the rsync client: hands rsync's two ends to this daemon and ends. It must not stay until
 # they are done with: rsync waits for its shell before it closes them.
@@ -139,12 +177,16 @@ _THEIRS = (
     r"^rsync: \[sender\] \|^ERROR: .* failed verification -- update discarded\.$"
     r"\|ACL_TYPE_DEFAULT): Permission denied (13)$"
 )
-_RECEIVE = rf"""{_BEGIN}
+_RECEIVE = rf"""{_BEGIN}{_LOOK_ALL}
 printf %s "$2" >/tmp/connect
 eval "$1" >/tmp/stats 2>/tmp/words </dev/null || status=$?
 tail -c {_STATISTICS_BYTES} /tmp/stats >&4
 forgive '{_THEIRS}'
 ! grep -q -e 'No space left' -e 'quota exceeded' /tmp/words || status={_NO_SPACE}
+if [ "$3" = "places still" ]; then
+    cd /volume
+    look_all >&5
+fi
 end
 """
 _TOTALS = {
@@ -156,11 +198,15 @@ _TOTALS = {
 
 @dataclass(frozen=True)
 class Received:
-    """What one run changed at the receiver: regular files, how long these are together, and deletions."""
+    """What one run changed at the receiver: regular files, how long these are together, and deletions.
+
+    Of a run of the mode "places" also the digest of what is there now, to be compared with the sender's.
+    """
 
     files: int
     bytes: int
     deleted: int
+    digest: str = ""
 
 
 class PassMark:
@@ -171,48 +217,73 @@ class PassMark:
     """
 
     def __init__(self, view: RootSpec) -> None:
+        # Whether the copy has all that was there then; whoever makes the passes knows.
+        self.copied = False
         self._wall_s = time.time()
         self._boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         # Which inode each directory was: a list as long as there are directories, sorted.
         self.directories: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the mark
+        # Where a name was made or taken away between the mark before and this one.
+        self.places: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         tree.sync_root(view)
-        self.close = weakref.finalize(self, self.directories.close)
+        self.close = weakref.finalize(self, _close_both, self.directories, self.places)
 
-    def since(self) -> str:
-        """Return the time for find(1) after which what was changed may not be in the copy."""
+    def since(self) -> tuple[str, str]:
+        """Return the time for find(1) after which what was changed may not be in the copy.
+
+        The second one is for times that a file system keeps in whole seconds.
+        """
         # A clock that was set back meanwhile gave later changes an earlier time.
         passed_s = time.clock_gettime(time.CLOCK_BOOTTIME) - self._boot_s
         wall_s = min(self._wall_s, time.time() - passed_s)
-        # The clock that file systems use lags behind by up to a tick, and some keep whole seconds; find asks
-        # for what is newer, not for what is as new.
-        return f"{int(wall_s - 0.05) - 1}.999999"
+        # The clock that file systems use lags behind by up to a tick, and find asks for what is newer, not
+        # for what is as new.
+        wall_s -= 0.05
+        return f"{wall_s:.6f}", f"{int(wall_s) - 1}.999999"
+
+
+def _close_both(*files: IO[bytes]) -> None:
+    for file in files:
+        file.close()
 
 
 def send_tree(
     jobs: JobRunner, task: Task | None, view: RootSpec, exchange: Exchange, mode: str, *,
     since: PassMark | None = None, mark: PassMark | None = None, still: bool = False,
-) -> None:  # fmt: skip
+) -> str:  # fmt: skip
     """Send what differs of a volume, or of a snapshot's view, to a `receive_tree` of the same mode.
 
-    A pass over what changes meanwhile has a `mark`, made just before it. The first one sends all; each later
-    one has two runs: "listed", which sends what was changed `since` the mark of the pass before, and then all
-    again. Only the first run of a pass gets its mark.
+    A pass over what changes meanwhile has a `mark`, made just before it. The first one sends all. Each later
+    one has two runs, both with its mark: "listed", which sends what was changed `since` the mark of the pass
+    before, and "places", which looks at no more than where names were made or taken away.
+
+    What changes places while it is walked through is in no list, so the last pass needs to know: "places"
+    returns a digest of how all looks if it is `still`. Where the receiver's is another one, a run of all,
+    without the mark, makes the copy right. Other runs return an empty string.
 
     With `still` nobody writes to the volume meanwhile, as to a snapshot, and nothing may be left out; else
     what vanishes, or becomes something else as it is read, is left to the next pass.
 
     Raises what `exchange` raised, where that was the cause, or SysctrError.
     """
-    if mode == "listed":
-        assert since is not None
-        assert mark is not None
-        since.directories.seek(0)
-        script, arguments = _SEND_LISTED, [since.since()]
-        fds = [since.directories.fileno(), mark.directories.fileno()]
-    else:
-        script, arguments = _SEND, ["again" if mark is None else "first", mode]
-        fds = [] if mark is None else [mark.directories.fileno()] * 2
     with contextlib.ExitStack() as stack:
+        digest = stack.enter_context(tempfile.TemporaryFile())
+        if mode == "listed":
+            assert since is not None
+            assert mark is not None
+            since.directories.seek(0)
+            mark.places.truncate(0)
+            mark.places.seek(0)
+            script, arguments = _SEND_LISTED, [*since.since()]
+            fds = [since.directories.fileno(), mark.directories.fileno(), mark.places.fileno()]
+        elif mode == "places":
+            assert mark is not None
+            mark.places.seek(0)
+            script, arguments = _SEND_PLACES, ["still" if still else "live"]
+            fds = [mark.places.fileno(), digest.fileno()]
+        else:
+            script, arguments = _SEND, ["again" if mark is None else "first", mode]
+            fds = [] if mark is None else [mark.directories.fileno()] * 2
         theirs_in, ours_in = _pipe(stack)
         ours_out, theirs_out = _pipe(stack)
         run = functools.partial(
@@ -222,6 +293,7 @@ def send_tree(
         connected = _Connected(task, lambda: exchange(ours_out.take(), ours_in.take()))
         still = still or all(one.read_only for one in view.trees)
         connected.run(run, (theirs_in, theirs_out), still=still)
+        return _digest(digest)
 
 
 def receive_tree(
@@ -238,11 +310,13 @@ def receive_tree(
     """
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_SEQPACKET))
-        told = stack.enter_context(tempfile.TemporaryFile())
-        argv = ["sh", "-c", _RECEIVE, "receive", _CLIENTS[mode], _CONNECT]
+        told, digest = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+        how = f"{mode} still" if still else mode
+        argv = ["sh", "-c", _RECEIVE, "receive", _CLIENTS[mode], _CONNECT, how]
         run = functools.partial(
-            jobs.run_tool, argv, root=root, container=container, more_fds=(theirs.fileno(), told.fileno())
-        )
+            jobs.run_tool, argv, root=root, container=container,
+            more_fds=(theirs.fileno(), told.fileno(), digest.fileno()),
+        )  # fmt: skip
         connected = _Connected(task, lambda: _pass_on(ours, exchange))
         try:
             connected.run(run, (theirs,), still=still)
@@ -253,7 +327,7 @@ def receive_tree(
             doing = task.doing if task else "copy files"
             raise NoSpace(f"cannot {doing}: no space left on {root.trees[-1].path}") from error
         told.seek(0)
-        return _received(told.read(_STATISTICS_BYTES))
+        return _received(told.read(_STATISTICS_BYTES), _digest(digest))
 
 
 def _pass_on(control: socket.socket, exchange: Exchange) -> None:
@@ -340,9 +414,17 @@ class _Connected:
             ) from self.error
 
 
-def _received(words: bytes) -> Received:
+def _received(words: bytes, digest: str) -> Received:
     found = {name: pattern.search(words) for name, pattern in _TOTALS.items()}
-    return Received(**{name: int(match[1]) if match else 0 for name, match in found.items()})
+    totals = {name: int(match[1]) if match else 0 for name, match in found.items()}
+    return Received(**totals, digest=digest)
+
+
+def _digest(file: IO[bytes]) -> str:
+    """Return what a job has said of all that it sees, empty if it said nothing that can be one."""
+    file.seek(0)
+    words = file.read(_DIGEST_BYTES + 1).decode("ascii", "replace").strip()
+    return words if re.fullmatch(rf"[0-9a-f]{{{_DIGEST_BYTES}}}", words) else ""
 
 
 def _pipe(stack: contextlib.ExitStack) -> "tuple[Fd, Fd]":

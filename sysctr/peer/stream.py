@@ -102,8 +102,12 @@ class Stream:
                 self._told(self._untold)
         return self.sent_bytes, self.received_bytes
 
+    @property
+    def _over(self) -> bool:
+        return self._sent_end and self._got_end and self._pending is None and not self._queue
+
     def _loop(self, deadline_s: float | None) -> None:
-        while not (self._sent_end and self._got_end and self._pending is None and not self._queue):
+        while not self._over:
             self._receive()
             self._deliver()
             self._send()
@@ -245,7 +249,7 @@ class Stream:
         """Sleep until one of the things can be done that could not."""
         wanted: dict[int, int] = {}
         wire_fd, timeout_s = self._wire.fileno(), _TELL_S
-        if self._queue and self._pending is None:
+        if self._over or (self._queue and self._pending is None):
             return
         if self._pending is not None:
             if self._can["write"]:

@@ -160,6 +160,8 @@ def moves_without_a_loss(
         report = move(left, ref, "right", "--restart", *options)
         wait_until(lambda: len(found["right"].acknowledged()) > 20, 60, "lines that are acknowledged there")
     assert not watch.doubles
+    # While it stood still nobody walked through all of it.
+    assert report["passes"][-1]["runs"] == ["listed", "places"]
     assert right.json("info", ref)["addresses"] == [address]
     before, after = found["left"].acknowledged(), found["right"].acknowledged()
     assert before[-1][0] < after[0][0]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sysctr.errors import NoSpace, SysctrError
-from sysctr.peer import dial, frame, message
+from sysctr.peer import dial, frame, message, stream
 from sysctr.peer.channel import PeerLost
 from tests.peering import channels, in_thread, make_identity, raw_and_channel
 
@@ -187,7 +187,8 @@ def test_a_stream_in_both_directions_and_messages_after_it(own):
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 5, 16384 - 5, 16384, 262139, 262144, 1_000_003])
-def test_every_length_arrives_whole(own, size):
+def test_every_length_arrives_whole_and_without_a_look_at_the_clock(own, size, monkeypatch):
+    monkeypatch.setattr(stream, "_TELL_S", 60)
     data = os.urandom(size)
     with channels(own) as (left, right):
         write_fd, taken = taker()
