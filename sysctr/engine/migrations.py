@@ -7,7 +7,6 @@ connection works on is finished or undone here, as soon as its peer can be talke
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from sysctr.engine.migration_survey import Options
 from sysctr.engine.migration_target import Incoming
 from sysctr.engine.naming import naming
 from sysctr.engine.peer_records import Peer
+from sysctr.engine.peer_workers import PeerWorkers
 from sysctr.engine.peers import Peers
 from sysctr.engine.record import Record, away_facts
 from sysctr.engine.snapshots import Snapshots
@@ -60,8 +60,7 @@ class Migrations:
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        # What is settled with each peer: one that does not answer keeps nobody else waiting.
-        self._settling: dict[str, threading.Thread] = {}
+        self._settling = PeerWorkers("settling", self._settle_all)
         host.guards.append(self._guard)
         peers.guards.append(self._refuse_forgetting)
         peers.on_forced.append(self._give_up)
@@ -103,10 +102,9 @@ class Migrations:
         """End what goes on by itself."""
         self._closing = True
         self._wake.set()
-        until_s = time.monotonic() + _CLOSE_S
-        for thread in (self._thread, *self._settling.values()):
-            if thread is not None:
-                thread.join(max(0.0, until_s - time.monotonic()))
+        if self._thread is not None:
+            self._thread.join(_CLOSE_S)
+        self._settling.wait(_CLOSE_S)
 
     def look(self) -> None:
         """Look at once for what can be settled: a peer has spoken, or a task has ended."""
@@ -115,8 +113,8 @@ class Migrations:
     def _follow(self) -> None:
         wait_s = _SOON_S
         while not self._closing:
-            for worker in [self._settle_with(peer) for peer in {one["peer"] for one in self._unworked()}]:
-                worker.join(_ROUND_S)
+            self._settling.begin({one["peer"] for one in self._unworked()})
+            self._settling.wait(_ROUND_S)
             left = self._unworked()
             any_at_all = bool(self._open())
             if self._wake.wait(wait_s if any_at_all else None):
@@ -128,16 +126,8 @@ class Migrations:
     def _open(self) -> "list[Entry]":
         return self.journal.all("source", "target")
 
-    def _settle_with(self, peer: str) -> threading.Thread:
-        """Settle in a thread what is open with a peer, unless that goes on already."""
-        worker = self._settling.get(peer)
-        if worker is None or not worker.is_alive():
-            worker = threading.Thread(target=self._settle_all, args=(peer,), name="settling", daemon=True)
-            self._settling[peer] = worker
-            worker.start()
-        return worker
-
     def _settle_all(self, peer: str) -> None:
+        """Settle what is open with a peer."""
         for entry in self._unworked():
             if entry["peer"] == peer and not self._closing:
                 self._settle(entry)

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _OFFER_S = 120.0
 _UPKEEP_S = 20.0
+# While another program has its port.
+_LISTEN_AGAIN_S = 2.0
 _QUICK_S = 5.0
 _JOIN_CONTEXT = b"sysctr-join-1"
 _JOINED = Shape({"name": Text(255), "certificate": CERTIFICATE, "version": Text(32)})
@@ -363,7 +365,8 @@ class Peers:
         while True:
             # Until the last token expires: nobody is listened to after that.
             left_s = (self._tokens.next_expiry() or time.time() + _UPKEEP_S) - time.time()
-            self._wanted.wait(min(_UPKEEP_S, max(0.1, left_s)))
+            most_s = _LISTEN_AGAIN_S if self._listener.problem else _UPKEEP_S
+            self._wanted.wait(min(most_s, max(0.1, left_s)))
             self._wanted.clear()
             if self._closing.is_set():
                 return

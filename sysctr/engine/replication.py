@@ -13,8 +13,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
 from typing import Any
 
 from sysctr.engine.backup_state import State, States
@@ -29,6 +29,7 @@ from sysctr.engine.migration_sender import Move, Sender
 from sysctr.engine.migration_survey import Options, Survey
 from sysctr.engine.naming import naming
 from sysctr.engine.peer_records import Peer
+from sysctr.engine.peer_workers import PeerWorkers
 from sysctr.engine.peers import Peers
 from sysctr.engine.record import Record, away_facts
 from sysctr.engine.replica import Replicas
@@ -46,6 +47,9 @@ _PATIENCE_S = 30.0
 _ASK_S = 5.0
 _RETRY_S = 60.0
 _LOOK_S = 30.0
+# What is done with peers that answer takes no longer; the others are not waited for.
+_ROUND_S = 1.0
+_CLOSE_S = 5.0
 
 
 class Replication:
@@ -74,6 +78,7 @@ class Replication:
         self._wanted = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
+        self._workers = PeerWorkers("replicas", self._look_at_all)
         host.guards.append(self._guard)
         peers.guards.append(self._refuse_forgetting)
         peers.register("replica.source", Shape({"id": MID}), self._on_source)
@@ -90,7 +95,8 @@ class Replication:
         self._closing = True
         self._wanted.set()
         if self._thread is not None:
-            self._thread.join(5)
+            self._thread.join(_CLOSE_S)
+        self._workers.wait(_CLOSE_S)
 
     def notices(self) -> "list[str]":
         """Return what whoever looks at the containers should know."""
@@ -106,10 +112,8 @@ class Replication:
 
     def _follow(self) -> None:
         while not self._closing:
-            for record in self._replicated():
-                if self._closing:
-                    return
-                self._look_at(record)
+            self._workers.begin({one.replica["peer"] for one in self._replicated() if one.replica})
+            self._workers.wait(_ROUND_S)
             self._wanted.wait(self._pause_s())
             self._wanted.clear()
 
@@ -122,13 +126,28 @@ class Replication:
         last = float(record.replica.get("last") or 0.0)
         return max(last + float(record.replica["every_s"]), self._not_before.get(record.replica["id"], 0.0))
 
+    def _look_at_all(self, peer: str) -> None:
+        """Do what is due with the replicas that a peer has."""
+        answers = True
+        for record in self._replicated():
+            if self._closing or record.replica is None or record.replica["peer"] != peer:
+                continue
+            if answers and record.replica["id"] not in self._confirmed:
+                # One that runs already may run over there, too.
+                try:
+                    self._confirm(record)
+                except WrongState as error:
+                    log.info("%d: %s", record.id, error.message)
+                    continue
+                except SysctrError as error:
+                    log.info("%d: %s", record.id, error.message)
+                    answers = False
+            self._look_at(record)
+
     def _look_at(self, record: Record) -> None:
+        """Begin to bring a replica up to date if it is time for that."""
         replica = record.replica
         assert replica is not None
-        if replica["id"] not in self._confirmed:
-            # One that runs already may run over there, too.
-            with self._noting(record):
-                self._confirm(record)
         if time.time() < self._due(record):
             return
         self._not_before[replica["id"]] = time.time() + min(_RETRY_S, float(replica["every_s"]))
@@ -138,13 +157,6 @@ class Replication:
             pass
         except SysctrError as error:
             log.warning("%d: %s", record.id, error.message)
-
-    @contextmanager
-    def _noting(self, record: Record) -> Iterator[None]:
-        try:
-            yield
-        except SysctrError as error:
-            log.info("%d: %s", record.id, error.message)
 
     # Whose it is
 
