@@ -1,6 +1,5 @@
 """The routes that move containers between hosts."""
 
-
 from sysctr.api.fields import Array, Boolean, Field, Nullable, Number, Table, Text
 from sysctr.api.route import Route
 from sysctr.engine.replication import LEAST_EVERY_S

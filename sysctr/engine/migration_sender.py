@@ -38,7 +38,7 @@ class Move:
     # Those whose copy over there has files of ours alone, of this migration and of nothing older.
     plain: set[str] = field(default_factory=set)
     passes: list[dict[str, Any]] = field(default_factory=list)
-    # The modes of all runs of rsync so far (sysctr.engine.tree_sync.MODES).
+    # The modes of the runs of rsync in this pass (sysctr.engine.tree_sync.MODES).
     runs: list[str] = field(default_factory=list)
     # The state that was sent last, where states are sent as streams.
     sent_state: str = ""
@@ -116,7 +116,8 @@ class Sender:
 
         `state` is the snapshot that they are of, where there is one that can be sent as a stream.
         """
-        began_s, sent_before, runs_before = time.monotonic(), move.link.sent_bytes, len(move.runs)
+        began_s, sent_before = time.monotonic(), move.link.sent_bytes
+        move.runs.clear()
         if move.streams and state:
             for driver, volume in move.volumes:
                 self._stream(move, driver, volume, state, self._last_kept(move, volume))
@@ -132,7 +133,7 @@ class Sender:
             {
                 "pass": len(move.passes) + 1, "seconds": round(seconds, 3), "sent_bytes": sent,
                 "rate_bytes_s": round(sent / seconds) if seconds else None,
-                "runs": move.runs[runs_before:],
+                "runs": list(move.runs),
             }
         )  # fmt: skip
 

@@ -362,26 +362,33 @@ class Peers:
             self._upkeep.start()
 
     def _work(self) -> None:
+        due_s = 0.0
         while True:
             # Until the last token expires: nobody is listened to after that.
             left_s = (self._tokens.next_expiry() or time.time() + _UPKEEP_S) - time.time()
             most_s = _LISTEN_AGAIN_S if self._listener.problem else _UPKEEP_S
-            self._wanted.wait(min(most_s, max(0.1, left_s)))
+            asked = self._wanted.wait(min(most_s, max(0.1, left_s)))
             self._wanted.clear()
             if self._closing.is_set():
                 return
-            try:
-                self._settle_joins()
-                self._tell_next()
-            except SysctrError as error:
-                log.warning("%s", error.message)
-            except Exception:
-                log.exception("the upkeep of peers")
+            # A port is tried for more often than peers are.
+            if asked or time.monotonic() >= due_s:
+                due_s = time.monotonic() + _UPKEEP_S
+                self._keep_up()
             self._listener.adjust()
             with self._lock:
                 if not self._wanted.is_set() and not self._something_to_do():
                     self._upkeep = None
                     return
+
+    def _keep_up(self) -> None:
+        try:
+            self._settle_joins()
+            self._tell_next()
+        except SysctrError as error:
+            log.warning("%s", error.message)
+        except Exception:
+            log.exception("the upkeep of peers")
 
     def _settle_joins(self) -> None:
         """Finish or undo what was cut off between two hosts that were about to trust each other."""

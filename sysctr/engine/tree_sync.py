@@ -156,11 +156,11 @@ look -files0-from /tmp/moved -maxdepth 1 -type f -print0 >>/tmp/changed
 {{ printf './\0'; pick d /; LC_ALL=C sed -z 's,$,/,' /tmp/moved; pick '[^df]'; }} >&5
 serve {_SERVER_LISTED}
 """
-# Descriptor 4 gets how all of it looks where $1 says that it stands still.
+# Descriptor 4 gets how all of it looks where $1 says so.
 _SEND_PLACES = rf"""{_BEGIN}{_SERVE}{_LOOK_ALL}
 cd /source
 cat <&3 >/tmp/places
-if [ "$1" = still ]; then
+if [ "$1" = look ]; then
     look_all >&4 &
     trap wait EXIT
 fi
@@ -183,8 +183,7 @@ eval "$1" >/tmp/stats 2>/tmp/words </dev/null || status=$?
 tail -c {_STATISTICS_BYTES} /tmp/stats >&4
 forgive '{_THEIRS}'
 ! grep -q -e 'No space left' -e 'quota exceeded' /tmp/words || status={_NO_SPACE}
-if [ "$3" = "places still" ]; then
-    cd /volume
+if [ "$3" = look ] && [ "$status" = 0 ]; then
     look_all >&5
 fi
 end
@@ -231,7 +230,7 @@ class PassMark:
     def since(self) -> tuple[str, str]:
         """Return the time for find(1) after which what was changed may not be in the copy.
 
-        The second one is for times that a file system keeps in whole seconds.
+        With it comes the one for a file system that keeps whole seconds.
         """
         # A clock that was set back meanwhile gave later changes an earlier time.
         passed_s = time.clock_gettime(time.CLOCK_BOOTTIME) - self._boot_s
@@ -279,7 +278,7 @@ def send_tree(
         elif mode == "places":
             assert mark is not None
             mark.places.seek(0)
-            script, arguments = _SEND_PLACES, ["still" if still else "live"]
+            script, arguments = _SEND_PLACES, [_looks(mode, still=still)]
             fds = [mark.places.fileno(), digest.fileno()]
         else:
             script, arguments = _SEND, ["again" if mark is None else "first", mode]
@@ -311,8 +310,7 @@ def receive_tree(
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_SEQPACKET))
         told, digest = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
-        how = f"{mode} still" if still else mode
-        argv = ["sh", "-c", _RECEIVE, "receive", _CLIENTS[mode], _CONNECT, how]
+        argv = ["sh", "-c", _RECEIVE, "receive", _CLIENTS[mode], _CONNECT, _looks(mode, still=still)]
         run = functools.partial(
             jobs.run_tool, argv, root=root, container=container,
             more_fds=(theirs.fileno(), told.fileno(), digest.fileno()),
@@ -418,6 +416,11 @@ def _received(words: bytes, digest: str) -> Received:
     found = {name: pattern.search(words) for name, pattern in _TOTALS.items()}
     totals = {name: int(match[1]) if match else 0 for name, match in found.items()}
     return Received(**totals, digest=digest)
+
+
+def _looks(mode: str, *, still: bool) -> str:
+    """Return what a script is told: whether it is to say how all looks."""
+    return "look" if mode == "places" and still else ""
 
 
 def _digest(file: IO[bytes]) -> str:

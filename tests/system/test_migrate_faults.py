@@ -18,6 +18,7 @@ import pytest
 from tests.disk import fill
 from tests.node import Node, TemplateStore, kill
 from tests.system import peers
+from tests.system.guests import shell
 from tests.system.peers import Hosts, Stop, Watch
 from tests.wait import wait_until
 
@@ -332,6 +333,25 @@ def test_a_cable_that_nobody_tells_of_keeps_no_container_from_running(
         subject.is_whole(source, mark, running=True)
     outcomes[point, "silent cut"] = f"source {seconds}"
     assert not watch.doubles
+
+
+def test_what_no_list_has_is_found_while_it_stands_still(subject: Subject) -> None:
+    """A directory is moved after the last pass, and a file in it has another name where nothing changed."""
+    mark = f"linked, {time.time()}"
+    source = subject.ready(running=True, mark=mark)
+    target = subject.hosts.other(source)
+    shell(source, _NAME, "cd /srv && rm -rf * && mkdir old other && echo x >old/file && ln old/file other/")
+    made_s = time.time()
+    wait_until(lambda: time.time() > made_s + 0.2, what="a time at which it was there already")
+    with Stop(source, "migrate.stopping") as stop:
+        task = peers.begin(source, _NAME, subject.hosts.name(target), restart=True)
+        stop.wait(source, task)
+        shell(source, _NAME, "mv /srv/old /srv/new")
+    report = peers.ended(source, task)["result"]
+    assert report["passes"][-1]["runs"] == ["listed", "places", "all"]
+    assert "comparing all of it" in source.run("task", "show", task).out
+    shell(target, _NAME, "[ /srv/new/file -ef /srv/other/file ] && [ ! -e /srv/old ]")
+    subject.is_whole(target, mark, running=True)
 
 
 # A full disk
