@@ -1,6 +1,7 @@
 """What a tree is, to the last attribute, so that two can be compared; and trees with all there can be."""
 
 import contextlib
+import fnmatch
 import os
 import shutil
 import socket
@@ -12,6 +13,18 @@ from typing import Any
 from sysctr.runtime.layers import MARKS
 
 MIB = 1 << 20
+
+
+def named(top: str, pattern: str) -> list[Path]:
+    """Return the files below a directory whose name fits; a tree that changes meanwhile is no error.
+
+    `Path.rglob` of Python 3.11 raises FileNotFoundError for a directory that goes while it looks.
+    """
+    return [
+        Path(directory, name)
+        for directory, _, names in os.walk(top)
+        for name in sorted(fnmatch.filter(names, pattern))
+    ]
 
 
 def describe(top: str, *, without: frozenset[str] = frozenset(), times: bool = True) -> dict[str, Any]:

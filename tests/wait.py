@@ -11,15 +11,23 @@ _never = threading.Event()
 
 
 def wait_until(fact: Callable[[], T], deadline_s: float = 10, what: str = "") -> T:
-    """Return the first true value of `fact`; an AssertionError names what did not come true in time."""
+    """Return the first true value of `fact`; an AssertionError names what did not come true in time.
+
+    A file that goes away under the eyes of `fact`, as what a daemon works on does, is not yet true.
+    """
     end = time.monotonic() + deadline_s
     pause_s = 0.002
     while True:
-        value = fact()
+        try:
+            value = fact()
+        except FileNotFoundError as error:
+            value, seen = None, repr(error)
+        else:
+            seen = repr(value)
         if value:
             return value
         if time.monotonic() > end:
             named = what or fact.__doc__ or getattr(fact, "__name__", "the fact")
-            raise AssertionError(f"not within {deadline_s:g} s: {named} (last seen: {value!r})")
+            raise AssertionError(f"not within {deadline_s:g} s: {named} (last seen: {seen})")
         _never.wait(pause_s)
         pause_s = min(pause_s * 1.5, 0.1)

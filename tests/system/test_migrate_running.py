@@ -17,6 +17,7 @@ from tests.node import Node, TemplateStore
 from tests.system import peers
 from tests.system.guests import create, inside, shell
 from tests.system.peers import Hosts, Watch, move
+from tests.trees import named
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("userns", "idmap", "overlay", "veth", "busybox")]
@@ -228,7 +229,7 @@ done
 
 def digest(node: Node, name: str) -> str:
     """Return the digest of the only file of a name that a host's containers wrote."""
-    (path,) = Path(node.layout.pool, "uppers").rglob(name)
+    (path,) = named(f"{node.layout.pool}/uppers", name)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,11 +2,11 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 from tests.node import Node
+from tests.trees import named
 from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel]
@@ -134,5 +134,4 @@ def test_a_target_that_dies_keeps_the_last_complete_state(two_nodes: tuple[Node,
     # Noted or not, it is one of the two, and whole.
     assert read(right) in ("one", "two")
     assert read(right) == "two" or point != "replica.in.noted"
-    pool = Path(right.layout.pool)
-    assert [one for one in pool.rglob("replica-*") if one.suffix == ".json"] == []
+    assert named(right.layout.pool, "replica-*.json") == []
