@@ -224,7 +224,7 @@ class States:
             began_s = time.time()
             # A page that is clean after this changes its file's times when it is written to again.
             tree.sync_file_system(source.trees[-1].path)
-            worker.copy(source, target)
+            worker.copy(source, target, in_use=True)
             tree.sync_file_system(target)
             with pause():
                 worker.copy(source, target, changed_since_s=began_s)

@@ -22,6 +22,7 @@ from typing import IO
 
 from sysctr.engine.job import SOURCE, JobRunner, Task
 from sysctr.engine.supervisor import Fd
+from sysctr.engine.trees import FORGIVE, GONE
 from sysctr.errors import NoSpace, SysctrError
 from sysctr.runtime import wire
 from sysctr.storage import tree
@@ -85,33 +86,27 @@ _CLIENTS = {
 }  # fmt: skip
 
 # What an rsync says ends up in /tmp/words, and its end in `status`.
-_BEGIN = r"""
+_BEGIN = rf"""{FORGIVE}
 set -eu
 export LC_ALL=C.UTF-8
-command -v rsync >/dev/null || { echo 'rsync is not installed' >&2; exit 127; }
+command -v rsync >/dev/null || {{ echo 'rsync is not installed' >&2; exit 127; }}
 status=0
-# Errors that are all like these are none.
-forgive() {
-    [ "$status" = 23 ] && [ -s /tmp/words ] || return 0
-    grep -q -v -e '^file has vanished: ' -e '^rsync error: ' -e "$1" /tmp/words || status=24
-}
-end() {
+end() {{
     tail -c 60000 /tmp/words >&2
     exit "$status"
-}
+}}
 """
-# What became something else, or shorter, under its hands is to an rsync an error, and to us as good as gone:
-# ENOENT, ENOTDIR, EISDIR, EINVAL of readlink(2), ELOOP, ENODATA for what is too short, ESTALE of an overlay.
-_SERVE = r"""
-serve() {
+_SERVE = rf"""
+serve() {{
     "$@" 2>/tmp/words || status=$?
-    forgive '^rsync: .* (\(2\|20\|21\|22\|40\|61\|116\))$'
+    forgive '{GONE}'
     end
-}
-look() {
+}}
+look() {{
     find "$@" 2>/tmp/words && return
-    ! grep -v -e ': No such file or directory$' -e ': Not a directory$' /tmp/words >&2
-}
+    ! grep -v -e ': No such file or directory$' -e ': Not a directory$' \
+        -e ': Too many levels of symbolic links$' -e ': Stale file handle$' /tmp/words >&2
+}}
 """
 # What rsync compares by, of everything, and how many names each file has: two trees of which this is the same
 # need no rsync that walks both. What it leaves out (content, and attributes and devices that were changed in

@@ -17,17 +17,30 @@ _NO_SPACE = 28
 # (fcntl(2)) on one keeps who opens it waiting for 45 s.
 _TIMED_OUT = 124
 _LONGEST_PAUSE_S = 120
+# What became something else, or shorter, under its hands is to an rsync an error, and to us as good as gone:
+# ENOENT, ENOTDIR, EISDIR, EINVAL of readlink(2), ELOOP, ENODATA for what is too short, ESTALE of an overlay.
+GONE = r"^rsync: .* (\(2\|20\|21\|22\|40\|61\|116\))$"
+# What an rsync said is in /tmp/words, and its end in `status`. Errors that are all like $1 are none.
+FORGIVE = r"""
+forgive() {
+    [ "$status" = 23 ] && [ -s /tmp/words ] || return 0
+    grep -q -v -e '^file has vanished: ' -e '^rsync error: ' -e '^IO error encountered -- skipping' -e "$1" \
+        /tmp/words || status=24
+}
+"""
 # An upper's past, which means nothing in a copy of it (sysctr.runtime.layers.MARKS).
 _FILTERS = " ".join(f"--filter='-x user.overlay.{mark}'" for mark in ("origin", "impure", "uuid", "nlink"))
-_RSYNC = rf"""
+_RSYNC = rf"""{FORGIVE}
 set -eu
 export LC_ALL=C.UTF-8
+in_use=
 bring_up_to_date() {{
     command -v rsync >/dev/null || {{ echo 'rsync is not installed' >&2; exit 127; }}
     status=0
     rsync --archive --hard-links --acls --xattrs --numeric-ids --sparse --devices --specials --delete \
         --modify-window=-1 --whole-file --one-file-system {_FILTERS} \
         /source/ /volume/ >/tmp/words 2>&1 || status=$?
+    [ -z "$in_use" ] || forgive '{GONE}'
     # What went away in the meantime need not be copied.
     [ "$status" != 0 ] && [ "$status" != 24 ] || exit 0
     cat /tmp/words >&2
@@ -37,7 +50,9 @@ bring_up_to_date() {{
 """
 # cp knows reflinks, and is faster where there are none; but what changes under its hands makes it fail, and
 # then rsync completes what it left, and tells why if that fails too. Standard output lists the directories.
+# What is in use may change meanwhile, for it is brought up to date later.
 _COPY = rf"""{_RSYNC}
+in_use=$1
 find /source -xdev -type d -printf '%i %P\0' | sort -z
 if cp --archive --preserve=mode,ownership,timestamps,links,xattr --reflink=auto --sparse=auto \
     --no-target-directory /source /volume >/tmp/words 2>&1; then
@@ -87,7 +102,9 @@ class TreeWorker:
         self._files = contextlib.ExitStack()
         weakref.finalize(self, self._files.close)
 
-    def copy(self, source: RootSpec, target: str, *, changed_since_s: float | None = None) -> None:
+    def copy(
+        self, source: RootSpec, target: str, *, in_use: bool = False, changed_since_s: float | None = None
+    ) -> None:
         """Make the directory `target` a copy of `source`, or bring an earlier copy up to date."""
         if changed_since_s is not None:
             with self._seen.pop(target, None) or tempfile.TemporaryFile() as seen:
@@ -99,7 +116,8 @@ class TreeWorker:
             return
         # Not beside the target: an image in which a file is open cannot be unmounted.
         seen = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed with self
-        self._run(("sh", "-c", _COPY), source, target, stdout_fd=seen.fileno())
+        argv = ("sh", "-c", _COPY, "copy", "yes" if in_use else "")
+        self._run(argv, source, target, stdout_fd=seen.fileno())
         self._seen[target] = seen
         if not source.lowers:
             self._jobs.run_builtin_on(target, {"builtin": "strip"}, self._task)

@@ -72,10 +72,13 @@ class Snapshot:
 class Worker(Protocol):
     """Works on trees that containers wrote, in a job with one container's ids and no rights over the host."""
 
-    def copy(self, source: RootSpec, target: str, *, changed_since_s: float | None = None) -> None:
+    def copy(
+        self, source: RootSpec, target: str, *, in_use: bool = False, changed_since_s: float | None = None
+    ) -> None:
         """Make the directory `target` a copy of `source`: owners, ACLs, capabilities, links, holes, times.
 
-        Files are shared with the source (reflink) where the file system can. With `changed_since_s` (a time
+        Files are shared with the source (reflink) where the file system can. What is `in_use` may change
+        under its hands, and needs the second copy. With `changed_since_s` (a time
         of the clock that file systems use) `target` is an earlier copy that is brought up to date: what
         differs or was written since then is copied again, what is gone is removed.
         """

@@ -94,7 +94,7 @@ def live(layers: Layers, volume: str, doing: str, worker: Worker, pause: Pause) 
         # A page that was written to before is clean after this, so that the next write to it through a
         # mapping changes the file's times again; one that is written to after `began_s` has changed them.
         tree.sync_file_system(upper)
-        worker.copy(source, f"{path}/rootfs")
+        worker.copy(source, f"{path}/rootfs", in_use=True)
         fault.point("overlay.live.copied")
         # What is to be written now need not be written while nothing runs.
         tree.sync_file_system(upper)

@@ -188,10 +188,12 @@ class Between:
         self._worker = worker
         self.before = self.after = lambda: None
 
-    def copy(self, source: RootSpec, target: str, *, changed_since_s: float | None = None) -> None:
+    def copy(
+        self, source: RootSpec, target: str, *, in_use: bool = False, changed_since_s: float | None = None
+    ) -> None:
         if changed_since_s is None:
             self.before()
-        self._worker.copy(source, target, changed_since_s=changed_since_s)
+        self._worker.copy(source, target, in_use=in_use, changed_since_s=changed_since_s)
         if changed_since_s is None:
             self.after()
 

@@ -22,7 +22,9 @@ from tests.wait import wait_until
 class PlainWorker:
     """Copies our own files with our own ids, for tests that need no job."""
 
-    def copy(self, source: RootSpec, target: str, *, changed_since_s: float | None = None) -> None:
+    def copy(
+        self, source: RootSpec, target: str, *, in_use: bool = False, changed_since_s: float | None = None
+    ) -> None:
         shutil.copytree(source.trees[0].path, target, dirs_exist_ok=True)
 
     def merge(
