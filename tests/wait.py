@@ -20,14 +20,13 @@ def wait_until(fact: Callable[[], T], deadline_s: float = 10, what: str = "") ->
     while True:
         try:
             value = fact()
+            if value:
+                return value
+            seen: object = value
         except FileNotFoundError as error:
-            value, seen = None, repr(error)
-        else:
-            seen = repr(value)
-        if value:
-            return value
+            seen = error
         if time.monotonic() > end:
             named = what or fact.__doc__ or getattr(fact, "__name__", "the fact")
-            raise AssertionError(f"not within {deadline_s:g} s: {named} (last seen: {seen})")
+            raise AssertionError(f"not within {deadline_s:g} s: {named} (last seen: {seen!r})")
         _never.wait(pause_s)
         pause_s = min(pause_s * 1.5, 0.1)

@@ -33,14 +33,14 @@ _FILTERS = " ".join(f"--filter='-x user.overlay.{mark}'" for mark in ("origin", 
 _RSYNC = rf"""{FORGIVE}
 set -eu
 export LC_ALL=C.UTF-8
-in_use=
+# $1 is not empty where what is copied is in use.
 bring_up_to_date() {{
     command -v rsync >/dev/null || {{ echo 'rsync is not installed' >&2; exit 127; }}
     status=0
     rsync --archive --hard-links --acls --xattrs --numeric-ids --sparse --devices --specials --delete \
         --modify-window=-1 --whole-file --one-file-system {_FILTERS} \
         /source/ /volume/ >/tmp/words 2>&1 || status=$?
-    [ -z "$in_use" ] || forgive '{GONE}'
+    [ -z "${{1-}}" ] || forgive '{GONE}'
     # What went away in the meantime need not be copied.
     [ "$status" != 0 ] && [ "$status" != 24 ] || exit 0
     cat /tmp/words >&2
@@ -52,13 +52,12 @@ bring_up_to_date() {{
 # then rsync completes what it left, and tells why if that fails too. Standard output lists the directories.
 # What is in use may change meanwhile, for it is brought up to date later.
 _COPY = rf"""{_RSYNC}
-in_use=$1
 find /source -xdev -type d -printf '%i %P\0' | sort -z
 if cp --archive --preserve=mode,ownership,timestamps,links,xattr --reflink=auto --sparse=auto \
     --no-target-directory /source /volume >/tmp/words 2>&1; then
     exit 0
 fi
-bring_up_to_date
+bring_up_to_date "$1"
 """
 # rsync tells changes by size and time of a name. That misses a write through a mapping to a page that was
 # written to before (no time changes until it is clean again), times that were set back, and directories that

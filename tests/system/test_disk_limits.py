@@ -35,12 +35,12 @@ def limited(kept: Kept, size: str, *, start: bool = True) -> str:
 
 def fill(kept: Kept, name: str, file: str, mib: int) -> tuple[int, int]:
     """Write so many MiB inside; return the status and how many arrived."""
-    script = f"dd if=/dev/zero of={file} bs=1M count={mib}; status=$?; sync; du -k {file}; exit $status"
+    script = f"dd if=/dev/zero of={file} bs=1M count={mib}; status=$?; sync; exit $status"
     done = shell(kept.host, name, script, check=False)
     if done.status:
         assert "No space left on device" in done.err or "Disk quota exceeded" in done.err
         assert kept.kind in _SIZE_UNSEEN or "No space left" in done.err
-    return done.status, int(done.out.split()[0]) // 1024
+    return done.status, taken_mib(kept, name, file)
 
 
 def taken_mib(kept: Kept, name: str, file: str) -> int:

@@ -236,7 +236,7 @@ def test_no_secret_is_left_anywhere(two_nodes: tuple[Node, Node]) -> None:
                     if stat.S_ISREG(os.lstat(path).st_mode):
                         data = Path(path).read_bytes()
                         assert secret_of(text).encode() not in data, path
-                    assert body[:80].encode() not in data, path
+                        assert body[:80].encode() not in data, path
     for path in (f"{left.layout.peer}/identity.pem", f"{left.layout.peer}/tokens.json"):
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert stat.S_IMODE(os.stat(left.layout.peer).st_mode) == 0o700
