@@ -85,6 +85,19 @@ lxcfs_is_mounted() {
         timeout --kill-after=1 5 ls /var/lib/lxcfs/proc >/dev/null 2>&1
 }
 
+# Start a program that stays when this script and its terminal are gone: leave_running LOG PROGRAM ARGUMENT…
+# Its own session, and no descriptor of ours: whoever reads what we print would wait for the end of that program.
+leave_running() {
+    (
+        exec </dev/null >>"$1" 2>&1
+        for fd in /proc/"$BASHPID"/fd/*; do
+            fd=${fd##*/}
+            [ "$fd" -le 2 ] || exec {fd}>&-
+        done
+        exec setsid "${@:2}"
+    ) &
+}
+
 # Start lxcfs by whatever starts services here; 1 when it cannot run.
 start_lxcfs() {
     lxcfs_is_mounted && return 0
@@ -97,8 +110,7 @@ start_lxcfs() {
         systemctl enable --quiet lxcfs.service && systemctl restart lxcfs.service || return 1
     else
         mkdir -p /var/lib/lxcfs
-        # Its own session and no descriptor of ours: it stays when this script and its terminal are gone.
-        setsid lxcfs --pidfile=/run/lxcfs.pid /var/lib/lxcfs </dev/null >>/var/log/lxcfs.log 2>&1 &
+        leave_running /var/log/lxcfs.log lxcfs --pidfile=/run/lxcfs.pid /var/lib/lxcfs
     fi
     for _ in $(seq 50); do
         lxcfs_is_mounted && return 0
