@@ -14,11 +14,16 @@ from sysctr.paths import Layout, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Any
+
+    from sysctr.remote import RemoteTicket
+    from sysctr.ticket import Ticket
 
 REQUEST_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 30.0
+HEADERS_LIMIT = 100
+EVENTS_TIMEOUT_S = 50.0
 LINE_LIMIT = 65536
 # Error bodies and answers are read whole; the largest real one is the list of a full host.
 BODY_LIMIT = 256 * 1024 * 1024
@@ -68,11 +73,14 @@ def not_permitted(where: Layout) -> errors.Refused:
 class Client:
     """One connection to the daemon, kept open between requests; not to be shared by threads."""
 
-    def __init__(self, where: "Layout | None" = None, *, start: bool = True) -> None:
+    def __init__(self, where: "Layout | None" = None, *, start: bool = True, host: str = "") -> None:
         self.layout = where if where is not None else layout()
         self.start = start
+        # A peer of this host, whose API is meant; empty for this host's own.
+        self.host = host
         self._socket: socket.socket | None = None
         self._reader: Any = None
+        self._hung_up = False
 
     def __enter__(self) -> "Client":
         return self
@@ -87,6 +95,16 @@ class Client:
         if self._socket is not None:
             self._socket.close()
         self._socket = self._reader = None
+
+    def hang_up(self) -> None:
+        """End the connection under another thread that waits for it, or is about to open it, for good."""
+        import contextlib
+
+        self._hung_up = True
+        connection = self._socket
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def get(self, where: str, query: "Mapping[str, object] | None" = None, **options: "Any") -> "Any":
         """GET a value; `None` in the query means that it is left out."""
@@ -127,7 +145,7 @@ class Client:
     ) -> "Any":
         with _Lost(self):
             status, headers = self._exchange(method, where, body, query, timeout_s)
-            content = b"".join(self._body(headers))
+            content = self._whole(headers)
             if headers.get("connection", "").lower() == "close":
                 self.close()
         if status >= 400:
@@ -151,7 +169,7 @@ class Client:
             except (BrokenPipeError, ConnectionResetError):
                 pass  # it was refused before all of it was there: the answer says why
             status, headers = self._head()
-            content = b"".join(self._body(headers))
+            content = self._whole(headers)
         self.close()
         if status >= 400:
             raise _error(status, content, where)
@@ -179,7 +197,7 @@ class Client:
         with _Lost(self):
             status, answered = self._exchange("GET", where, None, query, timeout_s)
             if status >= 400:
-                raise _error(status, b"".join(self._body(answered)), where)
+                raise _error(status, self._whole(answered), where)
         if headers is not None:
             headers.update(answered)
         try:
@@ -189,11 +207,17 @@ class Client:
             # What was not read would be taken for the next answer.
             self.close()
 
-    def events(self, query: "Mapping[str, object] | None" = None) -> "Iterator[tuple[str, Any]]":
-        """Yield (kind, data) of every event from now on."""
+    def events(
+        self, query: "Mapping[str, object] | None" = None, begun: "Callable[[], None] | None" = None
+    ) -> "Iterator[tuple[str, Any]]":
+        """Yield (kind, data) of every event from now on; `begun` is called when that is."""
         kind = "message"
         data: list[str] = []
-        for line in _lines(self.stream("/1/events", query)):
+        # A daemon that lives tells so every 15 s.
+        for line in _lines(self.stream("/1/events", query, timeout_s=EVENTS_TIMEOUT_S)):
+            if begun is not None:
+                begun()
+                begun = None
             if not line:
                 if data:
                     text = "\n".join(data)
@@ -209,6 +233,66 @@ class Client:
                 kind = value
             elif name == "data":
                 data.append(value)
+
+    def whole_path(self, name: str) -> str:
+        """Return the path of a file of the host that is meant: its daemon has another current directory."""
+        if self.host and not name.startswith("/"):
+            raise errors.UsageError(f"cannot use {name}: {self.host} needs its whole path")
+        return os.path.join(os.getcwd(), name)
+
+    def open_exec(self, ref: str, request: "Mapping[str, Any]") -> "Ticket | RemoteTicket":
+        """Run a program in a container; what is returned has its descriptors, and tells how it ends."""
+        if not self.host:
+            return self._redeem(path("containers", ref, "exec"), request)
+        names = ("pty",) if request.get("tty") else ("stdin", "stdout", "stderr")
+        return self._open_remote(path("containers", ref, "exec", "ws"), names, dict(request))
+
+    def open_files(self, ref: str, request: "Mapping[str, Any]") -> "Ticket":
+        """Push files into a container or pull them out of it; raises Refused for one of another host."""
+        if self.host:
+            raise errors.Refused(
+                f"cannot copy files: {ref} is on {self.host}",
+                "`sysctr --host … exec` with tar at both ends does it"
+            )
+        return self._redeem(path("containers", ref, "files"), request)
+
+    def open_console(self, ref: str) -> "Ticket | RemoteTicket":
+        """Attach to the console of a container."""
+        if not self.host:
+            return self._redeem(path("containers", ref, "console"))
+        return self._open_remote(path("containers", ref, "console", "ws"), ("console",), None)
+
+    def _redeem(self, where: str, request: "Mapping[str, Any] | None" = None) -> "Ticket":
+        from sysctr.ticket import Ticket
+
+        answer = self.post(where, request)
+        # What comes of it may take hours.
+        self.close()
+        return Ticket(answer, self.layout.ticket_socket)
+
+    def _open_remote(
+        self, where: str, names: "tuple[str, ...]", request: "dict[str, Any] | None"
+    ) -> "RemoteTicket":
+        from base64 import b64encode
+
+        from sysctr.remote import RemoteTicket
+
+        # Of its own: it is not for requests any more.
+        own = Client(self.layout, start=self.start, host=self.host)
+        own.connect()
+        key = b64encode(os.urandom(16)).decode()
+        about = ["Connection: upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+        f"Sec-WebSocket-Key: {key}"]
+        with _Lost(own):
+            own._ask("GET", where, about, b"", None, REQUEST_TIMEOUT_S)
+            status, headers = own._head()
+            content = b"" if status == 101 else own._whole(headers)
+        if status != 101:
+            own.close()
+            raise _error(status, content, where)
+        assert own._socket is not None
+        own._socket.settimeout(None)
+        return RemoteTicket(own._socket, own._reader, names, request)
 
     def reachable(self) -> bool:
         """Return whether a daemon answers, without starting one."""
@@ -261,7 +345,27 @@ class Client:
     def _use(self, connection: "socket.socket") -> None:
         self.close()
         self._socket = connection
+        if self._hung_up:
+            self.close()
+            raise ConnectionResetError("nobody wants it any more")
         self._reader = connection.makefile("rb")
+        if self.host:
+            self._go_on_to(self.host)
+
+    def _go_on_to(self, host: str) -> None:
+        """Let the connection go on to the API of a peer; raises what speaks against it."""
+        assert self._socket is not None
+        where = path("peers", host, "api")
+        head = [f"GET {where} HTTP/1.1", "Host: sysctr", "Connection: upgrade", "Upgrade: sysctr-api", "", ""]
+        with _Lost(self):
+            self._socket.settimeout(REQUEST_TIMEOUT_S)
+            self._socket.sendall("\r\n".join(head).encode("ascii"), socket.MSG_NOSIGNAL)
+            status, headers = self._head()
+            if status == 101:
+                return
+            content = self._whole(headers)
+        self.close()
+        raise _error(status, content, where)
 
     def _exchange(
         self,
@@ -317,8 +421,10 @@ class Client:
             status = int(status_line.split(" ", 2)[1])
         except (IndexError, ValueError):
             raise ConnectionError(f"not an HTTP answer: {status_line[:40]!r}") from None
-        headers = {}
+        headers: dict[str, str] = {}
         while line := self._line():
+            if len(headers) >= HEADERS_LIMIT:
+                raise ConnectionError("the answer has too many headers")
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
         return status, headers
@@ -337,7 +443,8 @@ class Client:
             while self._line():
                 pass
         elif "content-length" in headers:
-            left = int(headers["content-length"])
+            told = headers["content-length"]
+            left = int(told) if told.isdecimal() and len(told) < 20 else BODY_LIMIT + 1
             if left > BODY_LIMIT:
                 raise ConnectionError("the answer is too large")
             if left:
@@ -346,6 +453,16 @@ class Client:
             while piece := self._reader.read1(LINE_LIMIT):
                 yield piece
             self.close()
+
+    def _whole(self, headers: "dict[str, str]") -> bytes:
+        """Return a body that is not to be larger than one that has its length before it."""
+        pieces, size_bytes = [], 0
+        for piece in self._body(headers):
+            size_bytes += len(piece)
+            if size_bytes > BODY_LIMIT:
+                raise ConnectionError("the answer is too large")
+            pieces.append(piece)
+        return b"".join(pieces)
 
     def _chunk_size(self) -> int:
         line = self._line()
@@ -403,87 +520,3 @@ def _lines(pieces: "Iterator[bytes]") -> "Iterator[str]":
         *complete, pending = pending.split(b"\n")
         for line in complete:
             yield line.removesuffix(b"\r").decode("utf-8", "replace")
-
-
-class Ticket:
-    """A connection to the supervisor for one exec, console or files job, with the descriptors it gave."""
-
-    def __init__(self, answer: "dict[str, str]", default_socket: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.fds: list[int] = []
-        try:
-            self._socket.connect(answer.get("socket") or default_socket)
-            self.send({"ticket": answer["ticket"]})
-            reply, self.fds = self._receive()
-            if reply is None:
-                raise errors.NoDaemon("cannot use the ticket: the supervisor closed the connection")
-            if "error" in reply:
-                raise errors.from_dict(reply["error"])
-            self.names: list[str] = reply.get("fds", [])
-            if len(self.names) != len(self.fds):
-                raise errors.SysctrError(
-                    f"cannot use the ticket: {len(self.names)} descriptors announced, {len(self.fds)} came"
-                )
-        except OSError as error:
-            self.close()
-            raise errors.NoDaemon(
-                f"cannot reach the supervisor: {error.strerror or error}", "see `sysctr daemon status`"
-            ) from error
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "Ticket":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def fileno(self) -> int:
-        """Return the descriptor to poll for messages."""
-        return self._socket.fileno()
-
-    def take(self, name: str) -> int:
-        """Hand over the descriptor of that name; the caller closes it."""
-        index = self.names.index(name) if name in self.names else -1
-        if index < 0 or self.fds[index] < 0:
-            raise errors.SysctrError(f"cannot use the ticket: the supervisor gave no {name}")
-        taken_fd, self.fds[index] = self.fds[index], -1
-        return taken_fd
-
-    def send(self, message: "dict[str, Any]") -> None:
-        """Send one message; a supervisor that is gone shows in receive()."""
-        try:
-            self._socket.send(json.dumps(message).encode(), socket.MSG_NOSIGNAL)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-
-    def receive(self) -> "dict[str, Any] | None":
-        """Return the next message, or None at the end of the connection."""
-        try:
-            message, stray_fds = self._receive()
-        except ConnectionResetError:
-            return None
-        for fd in stray_fds:
-            os.close(fd)
-        return message
-
-    def _receive(self) -> "tuple[dict[str, Any] | None, list[int]]":
-        # socket.recv_fds() loses its flags, and the descriptors would be inherited by $EDITOR or $PAGER.
-        content, ancillary, _, _ = self._socket.recvmsg(
-            LINE_LIMIT, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC
-        )
-        fds = []
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                for at in range(0, len(data) - len(data) % 4, 4):
-                    fds.append(int.from_bytes(data[at : at + 4], sys.byteorder))
-        return (json.loads(content) if content else None), fds
-
-    def close(self) -> None:
-        """Close the connection and every descriptor that nobody took."""
-        self._socket.close()
-        for fd in self.fds:
-            if fd >= 0:
-                os.close(fd)
-        self.fds = []

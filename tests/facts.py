@@ -122,6 +122,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "lxc": _program("lxc-start", "lxc"),
     "ssh": _program("ssh", "openssh-client"),
     "tmux": _program("tmux", "tmux"),
+    "chromium": _program("chromium", "chromium"),
     "textual": _module("textual"),
     "ruff": _module("ruff"),
     "shellcheck": _program("shellcheck", "shellcheck"),

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from sysctr.api import upgrade
 from sysctr.api.fields import Array, Boolean, Field, Nullable, Number, Text
-from sysctr.api.route import Call, Route
+from sysctr.api.route import BYTES, Call, Route
 
 _NAME = Text(63)
 _ADDRESSES = Field("addresses", Array(Text(300), 16), "HOST:PORT where it is reached; [IPV6]:PORT", False)
@@ -70,6 +71,10 @@ PEER_ROUTES: tuple[Route, ...] = (
         "POST", "/1/peers/rotate", _rotate, "get a new key and tell all peers",
         answer="fingerprint next waits_for",
     ),
+    Route(
+        "GET", "/1/peers/{name}/api", upgrade.peer_api,
+        "the API of a peer that lets this host manage it: upgrade to sysctr-api", status=101, media=BYTES,
+    ),
     Route("GET", "/1/peers/{name}", _show, "a peer, and whether it can be reached now", answer="peer"),
     Route(
         "PATCH", "/1/peers/{name}", _change, "change the name of a peer, what it may do, and where it is",
@@ -78,6 +83,7 @@ PEER_ROUTES: tuple[Route, ...] = (
             Field("may_send", Nullable(Boolean()), "whether it may send containers here"),
             Field("may_receive", Nullable(Boolean()), "whether containers may be sent to it"),
             Field("may_pull", Nullable(Boolean()), "whether it may fetch templates here"),
+            Field("may_manage", Nullable(Boolean()), "whether it may do here all that root may"),
             Field("pools", Nullable(Array(_NAME, 64)), "pools that its containers may be kept in; none: all"),
             _ADDRESSES,
         ),

@@ -21,6 +21,7 @@ from sysctr.api.fields import check_query
 from sysctr.api.live import Waker
 from sysctr.api.route import Call, Route, find, tree
 from sysctr.api.routes import ROUTES
+from sysctr.engine.peer_manage import caller
 from sysctr.engine.tasks import Task, as_error
 from sysctr.errors import NoDaemon, NotFound, Refused, SysctrError, UsageError
 from sysctr.runtime import wire
@@ -61,6 +62,8 @@ class Connection(web.RequestHandler):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.peer = (-1, -1, -1)
+        # The host that this process itself opened the connection for.
+        self.of_peer = ""
         # A websocket may stop reading for as long as it likes: that is a terminal with ctrl-S pressed.
         self.patient = False
         self._deadline: asyncio.TimerHandle | None = None
@@ -71,6 +74,7 @@ class Connection(web.RequestHandler):
         assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
         self.peer = wire.peer_credentials(transport.get_extra_info("socket"))
+        self.of_peer = caller(self.peer[0], transport.get_extra_info("peername"))
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(HEADER_TIMEOUT_S, transport.abort)
         if self._manager is not None and len(self._manager.connections) > CONNECTIONS_LIMIT:
@@ -199,11 +203,15 @@ class Api:
         try:
             response = await self._answer(request, shown)
         finally:
-            if request.method != "GET":
-                pid, uid, _ = connection.peer
+            # A GET that is upgraded runs programs, has a console, or is root on another host.
+            if request.method != "GET" or "Upgrade" in request.headers:
                 status = response.status if response is not None else "hung up"
-                log.info("%s by uid %d, pid %d: %s", shown, uid, pid, status)
+                log.info("%s by %s: %s", shown, self._who(connection), status)
         return response
+
+    def _who(self, connection: Any) -> str:
+        pid, uid, _ = connection.peer
+        return f"peer {connection.of_peer}" if connection.of_peer else f"uid {uid}, pid {pid}"
 
     def decode(self, body: bytes) -> Any:
         """Read JSON, strictly."""

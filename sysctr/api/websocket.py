@@ -304,7 +304,7 @@ class _Session:
                 return
             except TimeoutError:
                 # While nothing is read from the client, its end is not noticed either.
-                if self._client is None or self._client.is_closing() or _hung_up(self._client):
+                if self._client is None or self._client.is_closing() or hung_up(self._client):
                     raise ConnectionResetError from None
 
 
@@ -317,7 +317,8 @@ def _read(fd: int) -> bytes:
         return b""  # EIO is how a pty says that nobody has its other side open
 
 
-def _hung_up(transport: asyncio.BaseTransport) -> bool:
+def hung_up(transport: asyncio.BaseTransport) -> bool:
+    """Tell whether the other end of a connection that is not read is gone."""
     poll = select.poll()
     poll.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
     return bool(poll.poll(0))

@@ -122,6 +122,24 @@ def split_command(argv: "list[str]") -> "tuple[str, list[str]]":
     return argv[0], argv[1:]
 
 
+def split_host(argv: "list[str]") -> "tuple[str, list[str]]":
+    """Return the peer whose containers are meant, as --host before the command says, and the other words.
+
+    >>> split_host(["--host", "paris", "list"]), split_host(["--host=paris"]), split_host(["list"])
+    (('paris', ['list']), ('paris', []), ('', ['list']))
+    """
+    import os
+
+    if argv[:1] == ["--host"]:
+        if len(argv) < 2 or not argv[1]:
+            raise errors.UsageError("cannot run the command: --host needs the name of a peer")
+        return argv[1], argv[2:]
+    if argv and argv[0].startswith("--host="):
+        # An empty name would mean this host: that of a variable which is not set.
+        return split_host(["--host", argv[0].removeprefix("--host="), *argv[1:]])
+    return os.environ.get("SYSCTR_HOST", ""), argv
+
+
 def load(name: str):  # type: ignore[no-untyped-def]  # Command is not imported before it is needed
     """Return the Command of that name."""
     module = f"sysctr.cli.{COMMANDS[name][0]}"
@@ -131,6 +149,7 @@ def load(name: str):  # type: ignore[no-untyped-def]  # Command is not imported 
 
 def run(argv: "list[str]") -> int:
     """Run one command and return its exit code; errors of the user are raised."""
+    host, argv = split_host(argv)
     if not argv:
         from sysctr.cli.help import print_short
 
@@ -152,7 +171,7 @@ def run(argv: "list[str]") -> int:
     command = load(name)
     parser = build_parser(name, COMMANDS[name][2], command)
     arguments = command.parse(parser, rest)
-    with Client() as client:
+    with Client(host=host) as client:
         return command.run(arguments, client) or 0
 
 

@@ -81,7 +81,7 @@ def _backup(arguments: "argparse.Namespace", client: "Client") -> int:
     if not selected and not arguments.quiet:
         notice("nothing to back up")
     body = {
-        **_how(arguments), "directory": absolute(arguments.directory), "notes": arguments.notes,
+        **_how(arguments), "directory": absolute(arguments.directory, client), "notes": arguments.notes,
         "protected": arguments.protected,
     }  # fmt: skip
     started = submit(selected, lambda one: client.post(path("containers", one.ref, "backup"), body))
@@ -206,7 +206,7 @@ def _restore(arguments: "argparse.Namespace", client: "Client") -> int:
             return client.upload(path("restore"), _pieces(client), {"request": json.dumps(given)})
 
     else:
-        selected = [Selected(archive_ref(arguments.archive), arguments.archive)]
+        selected = [Selected(archive_ref(arguments.archive, client), arguments.archive)]
 
         def start(_one: Selected) -> "dict[str, Any]":
             return client.post(path("restore"), {**body, "archive": _one.ref})
@@ -218,7 +218,7 @@ def _restore_all(arguments: "argparse.Namespace", client: "Client", body: "dict[
     for option in ("id", "name"):
         if getattr(arguments, option) is not None:
             raise errors.UsageError(f"cannot restore all with one {option}", "leave it out")
-    directory = absolute(arguments.archive)
+    directory = absolute(arguments.archive, client)
     found = client.get(path("backups"), {"directory": directory})
     here = {one["id"] for one in field(client.get(path("containers")), "containers")}
     newest: dict[int, dict[str, Any]] = {}
@@ -282,7 +282,7 @@ def _verify_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _verify(arguments: "argparse.Namespace", client: "Client") -> int:
-    selected = [Selected(archive_ref(text), text) for text in arguments.archives]
+    selected = [Selected(archive_ref(text, client), text) for text in arguments.archives]
     started = submit(selected, lambda one: client.post(path("backups", "verify"), {"archive": one.ref}))
 
     def done(one: Submitted) -> str:

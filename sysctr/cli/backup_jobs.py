@@ -183,7 +183,7 @@ def _add_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _add(arguments: "argparse.Namespace", client: "Client") -> None:
-    settings = _settings(arguments)
+    settings = _settings(arguments, client)
     chosen = [word for word in ("containers", "all", "tag") if settings.get(word)]
     if len(chosen) != 1:
         raise errors.UsageError(
@@ -205,7 +205,7 @@ def _say(answer: "dict[str, Any]", what: str) -> None:
         notice(f"note: {note}")
 
 
-def _settings(arguments: "argparse.Namespace") -> "dict[str, Any]":
+def _settings(arguments: "argparse.Namespace", client: "Client") -> "dict[str, Any]":
     """Return what the file of the job says."""
     on_failure = None
     if arguments.on_failure:
@@ -218,9 +218,10 @@ def _settings(arguments: "argparse.Namespace") -> "dict[str, Any]":
     given = {
         "containers": list(dict.fromkeys(arguments.containers)), "tag": arguments.tag, "all": arguments.all,
         "exclude": arguments.exclude, "exclude_paths": arguments.exclude_paths,
-        "schedule": arguments.schedule, "directory": absolute(arguments.directory), "mode": arguments.mode,
-        "compress": arguments.compress, "bwlimit": arguments.bwlimit, "notes": arguments.notes,
-        "protected": arguments.protected, "on_failure": on_failure, "mail_to": arguments.mail_to,
+        "schedule": arguments.schedule, "directory": absolute(arguments.directory, client),
+        "mode": arguments.mode, "compress": arguments.compress, "bwlimit": arguments.bwlimit,
+        "notes": arguments.notes, "protected": arguments.protected, "on_failure": on_failure,
+        "mail_to": arguments.mail_to,
         **(keep_rules(arguments) or {}),
     }  # fmt: skip
     # Empty notes say something, and so does a rule of 0.

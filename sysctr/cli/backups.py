@@ -47,10 +47,10 @@ _VERDICTS = (
 )
 
 
-def archive_ref(text: str) -> str:
+def archive_ref(text: str, client: "Client") -> str:
     """Return how the API is asked for an archive: by its absolute path, or by a name that is no file here."""
-    if text and ("/" in text or os.path.lexists(text)):
-        return os.path.join(os.getcwd(), text)
+    if text and ("/" in text or (not client.host and os.path.lexists(text))):
+        return client.whole_path(text)
     return text
 
 
@@ -59,9 +59,9 @@ def directory_option(parser: "argparse.ArgumentParser", meaning: str) -> None:
     words(parser.add_argument("--dir", metavar="D", dest="directory", help=meaning), "files")
 
 
-def absolute(directory: "str | None") -> "str | None":
+def absolute(directory: "str | None", client: "Client") -> "str | None":
     """Return a directory as the API takes it."""
-    return None if directory is None else os.path.join(os.getcwd(), directory)
+    return None if directory is None else client.whole_path(directory)
 
 
 def keep_options(parser: "argparse.ArgumentParser") -> None:
@@ -115,7 +115,7 @@ def _backups_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _backups(arguments: "argparse.Namespace", client: "Client") -> None:
-    answer = client.get(path("backups"), {"directory": absolute(arguments.directory)})
+    answer = client.get(path("backups"), {"directory": absolute(arguments.directory, client)})
     archives, containers = answer["archives"], answer["containers"]
     if arguments.containers:
         numbers = {_number(ref, containers) for ref in arguments.containers}
@@ -174,7 +174,7 @@ def _show_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _show(arguments: "argparse.Namespace", client: "Client") -> None:
-    query = {"archive": archive_ref(arguments.archive)}
+    query = {"archive": archive_ref(arguments.archive, client)}
     archive = field(client.get(path("backups", "archive"), query), "archive")
     if arguments.json:
         print_json(archive)
@@ -212,7 +212,7 @@ def _remove_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _remove(arguments: "argparse.Namespace", client: "Client") -> int:
-    chosen = [Selected(archive_ref(one), one) for one in dict.fromkeys(arguments.archives)]
+    chosen = [Selected(archive_ref(one, client), one) for one in dict.fromkeys(arguments.archives)]
     where = path("backups", "archive")
     submitted = submit(chosen, lambda one: client.request("DELETE", where, {"archive": one.ref}))
     return finish(client, submitted, arguments, lambda one: f"removed {one.label}")
@@ -225,7 +225,7 @@ def _protect_arguments(parser: "argparse.ArgumentParser") -> None:
 
 def _protect(arguments: "argparse.Namespace", client: "Client") -> int:
     def act(archive: str) -> None:
-        body = {"archive": archive_ref(archive), "protected": not arguments.off}
+        body = {"archive": archive_ref(archive, client), "protected": not arguments.off}
         client.post(path("backups", "protect"), body)
         print(neutralise(f"{'no longer protected' if arguments.off else 'protected'}: {archive}"))
 
@@ -242,7 +242,7 @@ def _notes_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _notes(arguments: "argparse.Namespace", client: "Client") -> None:
-    ref = archive_ref(arguments.archive)
+    ref = archive_ref(arguments.archive, client)
     if arguments.text is None:
         _print_notes(field(client.get(path("backups", "archive"), {"archive": ref}), "archive"))
         return
@@ -263,7 +263,7 @@ def _prune_arguments(parser: "argparse.ArgumentParser") -> None:
 
 def _prune(arguments: "argparse.Namespace", client: "Client") -> int:
     body = {
-        "directory": absolute(arguments.directory), "keep": keep_rules(arguments),
+        "directory": absolute(arguments.directory, client), "keep": keep_rules(arguments),
         "containers": list(dict.fromkeys(arguments.containers)), "dry_run": arguments.dry_run,
     }  # fmt: skip
     label = arguments.directory or "backups"

@@ -54,7 +54,16 @@ def _no_arguments(parser: "argparse.ArgumentParser") -> None:
     pass
 
 
+def _here(client: "Client", what: str) -> None:
+    if client.host:
+        raise errors.Refused(
+            f"cannot {what} of {client.host}: this is done on the host itself",
+            "leave --host and SYSCTR_HOST out",
+        )
+
+
 def _start(arguments: "argparse.Namespace", client: "Client") -> None:
+    _here(client, "start the daemon")
     _require_root("start")
     if client.reachable():
         notice("the daemon runs already")
@@ -63,6 +72,7 @@ def _start(arguments: "argparse.Namespace", client: "Client") -> None:
 
 
 def _stop(arguments: "argparse.Namespace", client: "Client") -> None:
+    _here(client, "stop the daemon")
     _require_root("stop")
     pid = daemon_pid(client.layout)
     if launch.managed_by_systemd(client.layout):
@@ -74,6 +84,7 @@ def _stop(arguments: "argparse.Namespace", client: "Client") -> None:
 
 
 def _restart(arguments: "argparse.Namespace", client: "Client") -> None:
+    _here(client, "restart the daemon")
     _require_root("restart")
     if daemon_pid(client.layout) is not None:
         _stop(arguments, client)
@@ -112,6 +123,7 @@ def _status_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _status(arguments: "argparse.Namespace", client: "Client") -> int:
+    _here(client, "look at the daemon")
     pid = daemon_pid(client.layout)
     client.start = False
     host = field(client.get(path("host")), "host") if pid is not None else {}
@@ -145,6 +157,8 @@ def _doctor(arguments: "argparse.Namespace", client: "Client") -> int:
     try:
         checks = field(client.get(path("doctor")), "checks")
     except (errors.NoDaemon, errors.Refused):
+        if client.host:
+            raise
         _doctor_alone(as_json=arguments.json)
     if arguments.json:
         print_json(checks)

@@ -11,7 +11,7 @@ from sysctr.cli.command import select as select_containers
 from sysctr.cli.output import notice, print_error
 from sysctr.cli.pump import PATIENCE, Signals
 from sysctr.cli.table import neutralise
-from sysctr.client import Ticket, field, path
+from sysctr.client import field, path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sysctr.client import Client
+    from sysctr.ticket import Ticket
 
 AT_ONCE = 8
 _BUFFER_BYTES = 65536
@@ -30,7 +31,7 @@ _LINE_BYTES = 65536
 class _Run:
     """The program in one container: its descriptors and the unfinished line of each."""
 
-    def __init__(self, one: Selected, ticket: Ticket) -> None:
+    def __init__(self, one: Selected, ticket: "Ticket") -> None:
         self.label = one.label
         self.ticket = ticket
         self.status: int | None = None
@@ -123,8 +124,7 @@ def _run_all(
             while waiting and len(runs) < AT_ONCE:
                 one = waiting.pop()
                 try:
-                    answer = client.post(path("containers", one.ref, "exec"), request)
-                    runs.append(_Run(one, Ticket(answer, client.layout.ticket_socket)))
+                    runs.append(_Run(one, client.open_exec(one.ref, request)))
                 except errors.NoDaemon:
                     raise
                 except errors.SysctrError as error:

@@ -12,7 +12,6 @@ from sysctr.cli.command import Command, words
 from sysctr.cli.output import coloured, notice, terminal_width
 from sysctr.cli.progress import bar_line
 from sysctr.cli.table import cut
-from sysctr.client import Ticket, path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO
 
     from sysctr.client import Client
+    from sysctr.ticket import Ticket
 
 # An id or a name as the schema has them; then the path. A host file that looks so is named ./101:file.
 _REMOTE = re.compile(r"([a-z0-9][a-z0-9-]*):(.*)", re.DOTALL)
@@ -112,9 +112,8 @@ def _push(arguments: "argparse.Namespace", client: "Client") -> int:
         for kind in ("user", "group"):
             if getattr(arguments, kind) is not None and _number(getattr(arguments, kind)) is None:
                 request[kind] = getattr(arguments, kind)
-        answer = client.post(path("containers", container, "files"), request)
         owner = Owner(_number(arguments.user), _number(arguments.group), arguments.mode)
-        with Ticket(answer, client.layout.ticket_socket) as ticket:
+        with client.open_files(container, request) as ticket:
             meter = Meter(f"push to {container}", quiet=arguments.quiet)
             try:
                 with os.fdopen(ticket.take("stdin"), "wb", buffering=0) as sink:
@@ -185,7 +184,7 @@ class _Warnings:
         self.exit_code = errors.SysctrError.exit_code
 
 
-def _conclude(ticket: Ticket, what: str) -> None:
+def _conclude(ticket: "Ticket", what: str) -> None:
     message = ticket.receive()
     if message is None:
         raise errors.NoDaemon(f"cannot {what}: the supervisor closed the connection")
@@ -217,9 +216,8 @@ def _pull(arguments: "argparse.Namespace", client: "Client") -> int:
     owner = Owner(_host_id(arguments.user, "user"), _host_id(arguments.group, "group"), arguments.mode)
     warnings = _Warnings()
     for container, inside in sources:
-        answer = client.post(path("containers", container, "files"), {"op": "pull", "path": inside})
         what = f"pull {inside} from {container}"
-        with Ticket(answer, client.layout.ticket_socket) as ticket:
+        with client.open_files(container, {"op": "pull", "path": inside}) as ticket:
             meter = Meter(f"pull from {container}", quiet=arguments.quiet)
             with os.fdopen(ticket.take("stdout"), "rb", buffering=0) as stream:
                 try:

@@ -28,7 +28,7 @@ def _lxc_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _lxc(arguments: "argparse.Namespace", client: "Client") -> int:
-    body = {**made_request(arguments), "directory": absolute(arguments.lxcpath)}
+    body = {**made_request(arguments), "directory": absolute(arguments.lxcpath, client)}
     selected = [Selected(arguments.container, arguments.container)]
     started = submit(selected, lambda one: client.post(path("import", "lxc"), {**body, "container": one.ref}))
     return finish(client, started, arguments, restored, single=True)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _PATIENCE_S = 180.0
 # Fields of /proc/self/stat, counted behind the name (proc(5)): arg_start and arg_end.
 _ARG_START, _ARG_END = 45, 46
-_MAY = (("may_send", "send"), ("may_receive", "receive"), ("may_pull", "pull"))
+_MAY = (
+    ("may_send", "send"), ("may_receive", "receive"), ("may_pull", "pull"), ("may_manage", "manage"),
+)  # fmt: skip
 
 _COLUMNS = (
     Column("NAME", flexible=True),
@@ -31,13 +33,14 @@ _COLUMNS = (
 )
 
 
-def _may(peer: "dict[str, Any]") -> str:
+def may(peer: "dict[str, Any]") -> str:
+    """Return what a peer may do here, in words."""
     return ",".join(word for name, word in _MAY if peer[name]) or "nothing"
 
 
 def _row(peer: "dict[str, Any]") -> "list[str]":
     return [
-        peer["name"], plain(peer["addresses"]) or "-", _may(peer), plain(peer["pools"]) or "all",
+        peer["name"], plain(peer["addresses"]) or "-", may(peer), plain(peer["pools"]) or "all",
         peer["version"] or "-", moment(peer["last_seen"])[:16] if peer["last_seen"] else "never",
     ]  # fmt: skip
 
@@ -92,6 +95,7 @@ def _show(arguments: "argparse.Namespace", client: "Client") -> None:
             ("may send here", plain(peer["may_send"])),
             ("may receive", plain(peer["may_receive"])),
             ("may pull", plain(peer["may_pull"])),
+            ("may manage", plain(peer["may_manage"])),
             ("pools", plain(peer["pools"]) or "all"),
             ("since", moment(peer["created"])),
             ("last seen", moment(peer["last_seen"]) if peer["last_seen"] else "never"),
@@ -236,6 +240,7 @@ def _restrict_arguments(parser: "argparse.ArgumentParser") -> None:
         ("may_send", "send", "send containers here"),
         ("may_receive", "receive", "get containers of this host"),
         ("may_pull", "pull", "fetch templates of this host"),
+        ("may_manage", "manage", "do here all that root may, as with sysctr --host"),
     ):
         parser.add_argument(
             f"--{word}", metavar="yes|no", choices=("yes", "no"), dest=name, help=f"whether it may {doc}"
@@ -263,13 +268,13 @@ def _restrict(arguments: "argparse.Namespace", client: "Client") -> None:
     if not body:
         raise errors.UsageError(
             f"cannot restrict {arguments.peer}: nothing is said",
-            "give --send, --receive, --pull, --pool or --address",
+            "give --send, --receive, --pull, --manage, --pool or --address",
         )
     peer = field(client.request("PATCH", path("peers", arguments.peer), body), "peer")
     if arguments.json:
         print_json(peer)
         return
-    print(neutralise(f"{peer['name']} may {_may(peer)}; pools: {plain(peer['pools']) or 'all'}"))
+    print(neutralise(f"{peer['name']} may {may(peer)}; pools: {plain(peer['pools']) or 'all'}"))
 
 
 def _rotate_arguments(parser: "argparse.ArgumentParser") -> None:

@@ -161,8 +161,7 @@ def _add(arguments: "argparse.Namespace", client: "Client") -> None:
     body: dict[str, Any] = {
         "name": arguments.pool,
         "driver": arguments.driver,
-        # The daemon has another current directory, so it gets the absolute path.
-        "path": os.path.abspath(arguments.path),
+        "path": os.path.abspath(client.whole_path(arguments.path)),
         "force": arguments.force,
     }
     if arguments.low_space is not None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from sysctr.client import Ticket
+    from sysctr.ticket import Ticket
 
 BUFFER_BYTES = 65536
 # After POLLOUT a blocking pipe takes this much without blocking, and not more (pipe(7), PIPE_BUF).

@@ -9,7 +9,6 @@ from sysctr.cli.command import EXIT_CODES, Command, one_container, words
 from sysctr.cli.output import notice, print_error
 from sysctr.cli.pump import PATIENCE, Flow, RawTerminal, Signals, pump, window_size
 from sysctr.cli.settings import assignment
-from sysctr.client import Ticket, path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sysctr.client import Client
+    from sysctr.ticket import Ticket
 
 _EXIT_CODES = (
     ("0-255", "that of the program; 1 to 6 also as below"),
@@ -129,17 +129,16 @@ def run_inside(client: "Client", container: str, request: "dict[str, Any]", *, t
         request["tty"] = {"rows": rows, "cols": columns}
         if term := os.environ.get("TERM"):
             request["environment"].setdefault("TERM", term)
-    answer = client.post(path("containers", container, "exec"), request)
-    client.close()
+    opened = client.open_exec(container, request)
     sys.stdout.flush()
-    with Ticket(answer, client.layout.ticket_socket) as ticket:
+    with opened as ticket:
         return Session(ticket, container, tty=tty).run()
 
 
 class Session:
     """One program inside, from the ticket to its exit code."""
 
-    def __init__(self, ticket: Ticket, container: str, *, tty: bool) -> None:
+    def __init__(self, ticket: "Ticket", container: str, *, tty: bool) -> None:
         self.ticket = ticket
         self.container = container
         self.tty = tty
@@ -262,9 +261,7 @@ class Escape:
 
 def _console(arguments: "argparse.Namespace", client: "Client") -> None:
     key = parse_escape(arguments.escape)
-    answer = client.post(path("containers", arguments.container, "console"))
-    client.close()
-    with Ticket(answer, client.layout.ticket_socket) as ticket:
+    with client.open_console(arguments.container) as ticket:
         how = (
             f"detach with ctrl-{chr(key + 96)} q" if key is not None else "no key detaches: end this process"
         )
@@ -272,7 +269,7 @@ def _console(arguments: "argparse.Namespace", client: "Client") -> None:
         attach(ticket, arguments.container, Escape(key))
 
 
-def attach(ticket: Ticket, container: str, escape: Escape, stdin_fd: int = 0, stdout_fd: int = 1) -> None:
+def attach(ticket: "Ticket", container: str, escape: Escape, stdin_fd: int = 0, stdout_fd: int = 1) -> None:
     """Connect the terminal with a console until the user detaches or the container ends.
 
     An end of input (stdin is a file or /dev/null) detaches too, when all that the console kept is shown.

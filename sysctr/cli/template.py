@@ -100,7 +100,7 @@ def _build_arguments(parser: "argparse.ArgumentParser") -> None:
 def _build(arguments: "argparse.Namespace", client: "Client") -> int:
     recipe = arguments.recipe
     if "/" in recipe or recipe.endswith(".toml"):
-        recipe = _existing(recipe, "build a template from")
+        recipe = _existing(recipe, "build a template from", client)
     body: dict[str, Any] = {
         "recipe": recipe,
         "set": dict(assignment(text, "--set") for text in arguments.set),
@@ -116,16 +116,17 @@ def _import_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def _import(arguments: "argparse.Namespace", client: "Client") -> int:
-    body: dict[str, Any] = {"path": _existing(arguments.file, "import")}
+    body: dict[str, Any] = {"path": _existing(arguments.file, "import", client)}
     return _make(client, arguments, "import", body, arguments.name or arguments.file, "imported")
 
 
-def _existing(name: str, verb: str) -> str:
-    # The daemon has another current directory, so it gets the absolute path.
-    if not os.path.isfile(name):
+def _existing(name: str, verb: str, client: "Client") -> str:
+    whole = client.whole_path(name)
+    # Another host says itself whether it is there.
+    if not client.host and not os.path.isfile(name):
         reason = "it is not a file" if os.path.exists(name) else "no such file"
         raise errors.NotFound(f"cannot {verb} {name}: {reason}")
-    return os.path.abspath(name)
+    return whole
 
 
 def _make(

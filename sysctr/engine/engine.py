@@ -25,6 +25,7 @@ from sysctr.engine.lifecycle import Lifecycle
 from sysctr.engine.live import Live
 from sysctr.engine.migrations import Migrations
 from sysctr.engine.naming import naming, title
+from sysctr.engine.peer_manage import Management
 from sysctr.engine.peers import Peers
 from sysctr.engine.pools import HOME
 from sysctr.engine.proxmox import Proxmox
@@ -61,6 +62,7 @@ class Engine:
             self._host, self.history.backups, self.history.restoring, self.archiving
         )
         self.peers = Peers(self._host)
+        self.management = Management(self._host, self.peers)
         self.migrations = Migrations(
             self._host, self._lifecycle, self._creation, self.history.snapshots_of, self.peers
         )

@@ -21,7 +21,7 @@ from sysctr.peer import identity
 
 log = logging.getLogger(__name__)
 
-PERMISSIONS = ("may_send", "may_receive", "may_pull")
+PERMISSIONS = ("may_send", "may_receive", "may_pull", "may_manage")
 # The API has these words where a peer's name stands.
 RESERVED_NAMES = frozenset({"token", "join", "rotate"})
 MOST_ADDRESSES = 16
@@ -43,6 +43,7 @@ class Peer:
     may_send: bool = True  # it may send containers here
     may_receive: bool = True  # containers may be sent to it
     may_pull: bool = True  # it may fetch templates here
+    may_manage: bool = False  # it may do here all that root may
     pools: tuple[str, ...] = ()  # where its containers may be kept; empty: in all
     version: str = ""
     state: str = ""

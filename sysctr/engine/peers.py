@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sysctr import __version__
@@ -52,6 +53,8 @@ class Peers:
         self.guards: list[Callable[[Peer], None]] = []
         # Each is told before that of a peer which is removed by force, and may not send anything any more.
         self.on_forced: list[Callable[[Peer], None]] = []
+        # Called with a peer whose permissions have changed.
+        self.on_restricted: list[Callable[[Peer], None]] = []
         self._lock = threading.RLock()
         self._rotating = threading.Lock()
         self._closing = threading.Event()
@@ -226,7 +229,7 @@ class Peers:
         return self._book.rename(self.get(ref).name, new).as_dict()
 
     def restrict(self, ref: str, **permissions: Any) -> dict[str, Any]:
-        """Change what a peer may do: may_send, may_receive, may_pull, pools; and its addresses."""
+        """Change what a peer may do (PERMISSIONS of peer_records, and pools), or its addresses."""
         peer = self.get(ref)
         changes = {name: value for name, value in permissions.items() if value is not None}
         for name in changes.keys() - {*records.PERMISSIONS, "pools", "addresses"}:
@@ -238,13 +241,15 @@ class Peers:
                     raise NotFound(f"cannot restrict {peer.name}: there is no pool {shown(pool)}")
         if "addresses" in changes:
             changes["addresses"] = with_port(changes["addresses"], DEFAULT_PORT)[: records.MOST_ADDRESSES]
-        return self._book.change(peer.name, **changes).as_dict()
+        changed = self._book.change(peer.name, **changes)
+        self._limited(changed)
+        return changed.as_dict()
 
     def remove(self, ref: str, *, force: bool = False) -> None:
         """End trust on both sides; with `force` here alone, where the other side cannot be reached."""
         peer = self.get(ref)
         if force:
-            self._book.change(peer.id, may_send=False)
+            self._limited(self._book.change(peer.id, may_send=False, may_manage=False))
             self._listener.turn_out(peer.trusted)
             for give_up in self.on_forced:
                 give_up(peer)
@@ -254,7 +259,10 @@ class Peers:
                 channel.call("peer.remove", REQUEST_S)
         except NotTrusted:
             log.info("peer %s: had ended the trust before", peer.name)
-        except PeerLost as error:
+        except SysctrError as error:
+            # With force, what it answers does not count: it may be the reason why it is removed.
+            if not force and not isinstance(error, PeerLost):
+                raise
             if not force:
                 raise PeerLost(
                     f"cannot remove peer {peer.name}: {error.message}",
@@ -331,9 +339,15 @@ class Peers:
         now = self._book.by_id(peer.id)
         if now is not None:
             self._book.drop(now.name)
-        self._listener.turn_out(peer.trusted)
+        # By its id too: what it has open may be older than the key that it has now.
+        self._limited(replace(peer, may_manage=False))
+        self._listener.turn_out((*peer.trusted, *peer.former))
         # Not here: to listen no more may mean to wait for the very thread that we are in.
         self._kick()
+
+    def _limited(self, peer: Peer) -> None:
+        for tell in self.on_restricted:
+            tell(peer)
 
     def _certificates(self) -> "list[str]":
         return [one for peer in self._book.all() for one in (peer.certificate, peer.next) if one]

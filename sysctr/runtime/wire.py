@@ -141,20 +141,25 @@ def connect(path: str, timeout_s: "float | None" = None, kind: int = socket.SOCK
     """Return a socket connected to `path`; OSError as connect() gives it when nobody listens."""
     sock = socket.socket(socket.AF_UNIX, kind)
     try:
-        # By the kernel's own timer: a socket that Python gave a timeout does not block, and its connect()
-        # fails with EAGAIN as soon as many others wait to be accepted.
-        limit_s = timeout_s or 0.0
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *_seconds(limit_s)))
-        try:
-            _at(path, sock.connect)
-        except BlockingIOError as error:
-            raise TimeoutError(error.errno, f"no answer within {limit_s:g} s") from error
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 0))
+        connect_to(sock, path, timeout_s)
         sock.settimeout(timeout_s)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def connect_to(sock: socket.socket, path: str, timeout_s: "float | None" = None) -> None:
+    """Connect a socket to `path`; TimeoutError where nobody accepts it in time, else OSError as connect()."""
+    # By the kernel's own timer: a socket that Python gave a timeout does not block, and its connect() fails
+    # with EAGAIN as soon as many others wait to be accepted.
+    limit_s = timeout_s or 0.0
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *_seconds(limit_s)))
+    try:
+        _at(path, sock.connect)
+    except BlockingIOError as error:
+        raise TimeoutError(error.errno, f"no answer within {limit_s:g} s") from error
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 0))
 
 
 def peer_credentials(sock: socket.socket) -> "tuple[int, int, int]":

@@ -28,7 +28,7 @@ def peer(name="paris", **fields):
     told = {
         "name": name, "id": "a" * 64, "fingerprint": "a" * 64, "addresses": ["192.0.2.1:8645"],
         "created": NOW_S, "last_seen": 0.0, "may_send": True, "may_receive": True, "may_pull": True,
-        "pools": [], "version": "0.1.0", "state": "",
+        "may_manage": False, "pools": [], "version": "0.1.0", "state": "",
     }  # fmt: skip
     return {**told, **fields}
 
