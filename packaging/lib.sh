@@ -124,7 +124,7 @@ source_hash() {
     (
         cd "$CHECKOUT" || exit
         /usr/bin/python3 -I -V
-        find sysctr templates packaging/sysctr pyproject.toml -type f \
+        find sysctr templates tui packaging/sysctr pyproject.toml -type f \
             ! -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum
     ) | sha256sum | cut -c1-12
 }

@@ -12,7 +12,7 @@ from tests import facts, leaks, node
 from tests.node import Node, TemplateStore
 from tests.wait import wait_until
 
-_PARTS = ("lint", "unit", "kernel", "attack", "system", "vm")
+_PARTS = ("lint", "unit", "tui", "kernel", "attack", "system", "vm")
 _INOTIFY = "/proc/sys/fs/inotify/max_user_instances"
 _ENOUGH_INOTIFY = 8192
 # A marker that implies facts, so that `@pytest.mark.root` alone skips where there is no root.

@@ -6,6 +6,7 @@ from sysctr import errors
 
 # name: (module below sysctr.cli, group of the overview, what it does)
 COMMANDS = {
+    "tui": ("tui", "daily", "look at everything, and do it, in the terminal"),
     "list": ("container", "daily", "list the containers"),
     "create": ("create", "daily", "create a container from a template"),
     "start": ("life", "daily", "start containers"),

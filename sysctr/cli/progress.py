@@ -28,7 +28,8 @@ _FIGURE = re.compile(r"\d ?(?:[KMGT]?i?B?/s|[KMGT]?i?B\b|[KMGT]\b|s\b|%)")
 _ASIDE = re.compile(r" \([^()]*\)")
 _BAR_CELLS = 20
 _NARROWEST_STEP = 12
-_ENDED = ("done", "failed", "cancelled")
+# The states in which a task stays.
+ENDED = ("done", "failed", "cancelled")
 
 
 class Submitted:
@@ -160,10 +161,10 @@ def _wait(client: "Client", one: Submitted, display: "_Lines") -> "dict[str, Any
     assert task is not None
     where = path("tasks", task["id"], "wait")
     try:
-        while task["state"] not in _ENDED:
+        while task["state"] not in ENDED:
             interval_s = display.interval_s
             task = field(client.get(where, {"timeout": interval_s}, timeout_s=interval_s + 60), "task")
-            if task["state"] not in _ENDED:
+            if task["state"] not in ENDED:
                 display.show(one.label, task)
     except KeyboardInterrupt:
         display.clear()

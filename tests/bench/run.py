@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.bench import backups, migrate, storage
+from tests.bench import backups, migrate, pictures, storage, tui
 from tests.bench.sides import Failed, Guest, Lxc, Sysctr, both, pss_mb, run
 from tests.bench.table import Results, Row
 
@@ -229,7 +229,10 @@ def measure(options: argparse.Namespace) -> Results:
 
 def main() -> int:
     """Measure and print."""
-    of_its_own = {"storage": storage.main, "backup": backups.main, "migrate": migrate.main}
+    of_its_own = {
+        "storage": storage.main, "backup": backups.main, "migrate": migrate.main, "tui": tui.main,
+        "pictures": pictures.main,
+    }  # fmt: skip
     if sys.argv[1:2] and sys.argv[1] in of_its_own:
         return of_its_own[sys.argv[1]](sys.argv[2:])
     options = parser().parse_args()

@@ -12,6 +12,8 @@ from sysctr.engine import removal
 from sysctr.paths import Layout
 from tests import leaks
 from tests.node import CHECKOUT, Node
+from tests.tmux import Terminal
+from tests.wait import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.net, pytest.mark.slow, pytest.mark.needs("overlay", "busybox")]
 
@@ -61,6 +63,19 @@ def test_quickstart_brings_a_launcher_that_works(installed: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.needs("tmux")
+def test_the_terminal_ui_is_a_part_of_it(installed: str) -> None:
+    with Terminal(80, 24, {"HOME": installed}) as terminal:
+        terminal.command([f"{installed}/bin/sysctr", "tui"])
+        terminal.shows("No containers.")
+        terminal.keys("q")
+        terminal.shows("ended=0")
+        # In a browser only for whoever wants that.
+        terminal.command([f"{installed}/bin/sysctr", "tui", "--serve"])
+        terminal.shows("quickstart --web")
+        terminal.shows("ended=2")
+
+
 def test_quickstart_again_changes_nothing(installed: str) -> None:
     before = (os.readlink(f"{installed}/opt/current"), Path(f"{installed}/lib/changes").read_text())
     pids = removal.service_pids(Layout(installed))
@@ -99,6 +114,14 @@ def test_a_half_installed_version_is_finished(installed: str) -> None:
     assert "Python packages into" in done.stdout
 
 
+def test_what_browsers_need_is_installed_when_asked_for_and_stays(installed: str) -> None:
+    for options in (("--web",), ()):
+        done = run(installed, "quickstart", "--no-demo", *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        subprocess.run([f"{installed}/opt/current/bin/python", "-Ic", "import textual_serve"], check=True)
+    assert "==>" not in done.stdout
+
+
 def test_where_apt_has_no_debian_demo_is_made_of_tiny(installed: str, tmp_path: Path) -> None:
     # As on Ubuntu, whose apt knows other archives only.
     settings = tmp_path / "apt.conf"
@@ -117,6 +140,23 @@ def test_where_apt_has_no_debian_demo_is_made_of_tiny(installed: str, tmp_path: 
 def test_the_checkout_stays_as_it_was(installed: str) -> None:
     assert not list(CHECKOUT.glob("*.egg-info"))
     assert not (CHECKOUT / "build").exists()
+
+
+def test_what_it_leaves_running_holds_nothing_of_it(tmp_path: Path) -> None:
+    # What reads from a script, as `quickstart | tee`, reads until the last one that could write has gone.
+    script = f'''. {CHECKOUT}/packaging/lib.sh
+        exec 3>&1
+        leave_running {tmp_path}/log sh -c 'echo $$; read -r line <{tmp_path}/end'
+    '''
+    os.mkfifo(tmp_path / "end")
+    done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, check=True, timeout=20)
+    assert done.stdout == b""
+    pid = wait_until((tmp_path / "log").read_text, what="the pid of the program").strip()
+    try:
+        assert {fd.name for fd in Path("/proc", pid, "fd").iterdir()} <= {"0", "1", "2"}
+        assert Path("/proc", pid, "stat").read_text().split()[5] == pid, "it has a session of its own"
+    finally:
+        (tmp_path / "end").write_text("\n")
 
 
 def test_check_changes_nothing(tmp_path: Path) -> None:
