@@ -24,6 +24,8 @@ def daily_commands() -> list[list[str]]:
     """Return every `sysctr …` of the table of daily tasks that can run without a terminal."""
     table = README.split("## Daily tasks", 1)[1].split("##", 1)[0]
     commands = [shlex.split(text) for text in re.findall(r"`(sysctr [^`]*)`", table)]
+    # On another host it is the same command; there is no other host here.
+    commands = [one if one[1] != "--host" else [one[0], *one[3:]] for one in commands]
     return [command for command in commands if command[1] not in INTERACTIVE]
 
 
