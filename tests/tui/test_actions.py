@@ -1,11 +1,13 @@
 """The one list of actions: complete against the API, without clashes, and guarded."""
 
+import re
 from collections import Counter
 
 import pytest
 from textual.binding import Binding
 
 from sysctr.api.routes import ROUTES
+from sysctr.config import schema
 from sysctr.tui import columns, forms, settings, store
 from sysctr.tui.actions import ACTIONS, BY_ID, NOT_HERE, Ask, Target
 from sysctr.tui.pane import LIST_BINDINGS
@@ -47,6 +49,21 @@ def test_an_action_is_whole(action) -> None:
     if action.mutates:
         for target in (*_TARGETS, None):
             assert action.possible(target, read_only=True) == "read-only"
+
+
+def test_examples_in_forms_are_values_of_the_configuration() -> None:
+    forms_there = [value for value in vars(forms).values() if isinstance(value, forms.Form)]
+    tried = 0
+    for field in (one for form in forms_there for one in form.fields):
+        key = {"nets": "net.0", "mount": "mount.0"}.get(field.key, field.key.removeprefix("set."))
+        if not key.startswith(("limits.", "net.", "mount.")):
+            continue
+        # What is before a semicolon says what an empty field means.
+        _, semicolon, examples = field.hint.rpartition("; ")
+        for example in re.split(", | or ", examples) if semicolon or key == "mount.0" else ():
+            schema.plain_changes({key: example})
+            tried += 1
+    assert tried > 8
 
 
 @pytest.mark.parametrize("module", [columns, forms, settings, store], ids=lambda module: module.__name__)
