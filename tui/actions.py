@@ -1,8 +1,7 @@
 """Everything that can be done here: the one list that makes keys, footer, help, menus, palette and read-only.
 
-An action is data. What it asks for is a form (sysctr.tui.forms),
-what it then does is one request to the API for
-each item; the few that do more name a method of the app (`flow`). Its words are those of the command line.
+An action is data. What it asks for is a form (sysctr.tui.forms), what it then does is one request to the API
+for each item; the few that do more name a method of the app (`flow`). The words are the command line's.
 """
 
 from collections.abc import Callable, Mapping, Sequence

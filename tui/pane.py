@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Input
 
 from sysctr.tui.actions import BY_ID, HOSTS, Action, Target, of_scope
 from sysctr.tui.columns import Filter, arranged
@@ -277,8 +276,3 @@ class ListPane(Vertical):
 def pane_class(scope: str, base: type[ListPane] = ListPane) -> type[ListPane]:
     """Return the class of a tab: Textual reads keys from the class."""
     return type(f"{scope.title()}Pane", (base,), {"BINDINGS": bindings(scope), "scope": scope})
-
-
-def heading(text: str) -> Static:
-    """Return a line that names what follows."""
-    return Static(Text(text), classes="heading")

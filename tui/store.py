@@ -175,11 +175,6 @@ class HostView:
         for task in [one for one in self.tasks.values() if one["state"] not in ENDED]:
             del self.tasks[task["id"]]
 
-    def task_of(self, number: int) -> Item | None:
-        """Return the task that holds a container now."""
-        held = self.containers[number].data.get("task") if number in self.containers else None
-        return self.tasks.get(held["id"]) if held else None
-
 
 def sample(usage: Mapping[str, Any], before: Mapping[str, Any] | None) -> Sample:
     """Return what was used between two answers about usage; rates need both.
